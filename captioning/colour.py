@@ -1,0 +1,68 @@
+"""A captioner without weights: names the dominant colours of a picture. For the demo and the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from captioning import Caption
+
+#: Colour name -> sRGB anchors; a pixel takes the name of the nearest anchor.
+ANCHORS: tuple[tuple[str, tuple[int, int, int]], ...] = (
+    ("black", (0, 0, 0)),
+    ("black", (45, 45, 45)),
+    ("grey", (110, 110, 110)),
+    ("grey", (180, 180, 180)),
+    ("white", (255, 255, 255)),
+    ("red", (210, 45, 40)),
+    ("red", (236, 100, 90)),
+    ("orange", (240, 130, 30)),
+    ("orange", (250, 170, 70)),
+    ("brown", (165, 115, 60)),
+    ("brown", (106, 70, 47)),
+    ("yellow", (252, 234, 43)),
+    ("yellow", (250, 232, 96)),
+    ("green", (90, 160, 60)),
+    ("green", (118, 200, 110)),
+    ("green", (177, 204, 51)),
+    ("blue", (97, 178, 228)),
+    ("blue", (30, 80, 170)),
+    ("blue", (104, 168, 240)),
+    ("purple", (188, 132, 224)),
+    ("purple", (130, 80, 160)),
+    ("pink", (255, 167, 192)),
+    ("pink", (230, 122, 148)),
+)
+
+_NAMES = np.array([name for name, _ in ANCHORS])
+_RGB = np.array([rgb for _, rgb in ANCHORS], dtype=np.float32)
+
+SHARE = 0.05  # a colour is named if it covers at least this share of the picture
+SIDE = 32  # pictures are counted at SIDE x SIDE pixels
+
+
+class ColourCaptioner:
+    """Writes "mostly blue, with green and black"."""
+
+    name = "colour"
+    revision = "1"
+
+    def __call__(self, images: Sequence[Image.Image]) -> list[Caption]:
+        return [Caption(describe(image), self.name, self.revision) for image in images]
+
+
+def describe(image: Image.Image) -> str:
+    """The picture's dominant colour, then up to three others by falling share (ties by name)."""
+    small = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
+    pixels = np.asarray(small, dtype=np.float32).reshape(-1, 1, 3)
+    nearest = ((pixels - _RGB) ** 2).sum(-1).argmin(1)
+    names, counts = np.unique(_NAMES[nearest], return_counts=True)
+    ranked = sorted(zip(-counts, names, strict=True))
+    first, *others = [str(name) for count, name in ranked if -count >= SHARE * SIDE * SIDE]
+    if not others:
+        return f"all {first}"
+    others = others[:3]
+    listed = others[0] if len(others) == 1 else f"{', '.join(others[:-1])} and {others[-1]}"
+    return f"mostly {first}, with {listed}"

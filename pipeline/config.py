@@ -1,0 +1,152 @@
+"""What a command is told: yamls/data/<source>.yaml, then flags. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.core import layout
+from pipeline.core.errors import SettingError, nearest
+from pipeline.sources import SOURCES
+from pipeline.stages import STAGES, Stage
+
+
+class CaptionConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    captioner: str = "colour"
+
+
+class EncodeConfig(BaseModel):
+    """Defaults are the paper's; see pipeline.stages.encode.EncodeSettings."""
+
+    model_config = ConfigDict(extra="forbid")
+    vae: str = "sdxl"
+    text_encoder: str = "dfn5b-h14"
+    resolutions: list[int] = [256, 512]
+    captions: str = "alt"
+    text: str = "full"
+    batch_size: int = 16
+    seed: int = 0
+
+
+class DataConfig(BaseModel):
+    """One file of yamls/data/."""
+
+    model_config = ConfigDict(extra="forbid")
+    source: str
+    download: dict[str, Any] = Field(default_factory=dict)  # the source's own settings
+    caption: CaptionConfig = CaptionConfig()
+    encode: EncodeConfig = EncodeConfig()
+
+
+def load_config(source: str | None, path: Path | None, overrides: dict[str, Any]) -> DataConfig:
+    """The source's YAML (yamls/data/<source>.yaml where it exists, or `path`), then `overrides`.
+
+    Args:
+        source: a name of the table; None takes it from the file.
+        overrides: dotted key -> value; None values are flags that were not given.
+
+    Raises:
+        SettingError: unknown source, unreadable file, unknown key or wrong type.
+    """
+    if path is None and source is not None:
+        known(source, SOURCES, "source")
+        default = Path("yamls", "data", f"{source}.yaml")
+        path = default if default.is_file() else None
+    record: dict[str, Any] = {}
+    if path is not None:
+        record = read_yaml(path)
+    if source is not None:
+        record["source"] = source
+    for key, value in overrides.items():
+        if value is not None:
+            section, _, name = key.partition(".")
+            if not isinstance(record.setdefault(section, {}), dict):
+                raise SettingError(f"{path}: {section} must be a mapping")
+            record[section][name] = value
+    try:
+        config = DataConfig.model_validate(record)
+    except ValidationError as error:
+        raise SettingError(one_line(error, DataConfig)) from error
+    known(config.source, SOURCES, "source")
+    return config
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        record = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise SettingError(f"--config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        text = " ".join(str(error).split())
+        raise SettingError(f"--config {path}: not YAML: {text}") from error
+    if not isinstance(record, dict):
+        raise SettingError(f"--config {path}: expected a mapping, found {type(record).__name__}")
+    return record
+
+
+def source_settings(config: DataConfig):
+    """The source's own settings object, validated."""
+    cls = pkgutil.resolve_name(SOURCES[config.source])
+    try:
+        return cls.model_validate(config.download)
+    except ValidationError as error:
+        raise SettingError(one_line(error, cls, f"source {config.source}: ")) from error
+
+
+def build_stage(name: str, config: DataConfig) -> Stage:
+    """The stage of that name over a source's config.
+
+    Raises:
+        SettingError: unknown stage, or a setting the stage cannot use.
+    """
+    known(name, STAGES, "stage")
+    cls = pkgutil.resolve_name(STAGES[name])
+    if name == "download":
+        return cls(config.source, source_settings(config))
+    if name == "caption":
+        return cls(config.source, config.caption.captioner)
+    from pipeline.stages.encode import EncodeSettings
+
+    values = config.encode.model_dump()
+    values["resolutions"] = tuple(values["resolutions"])
+    return cls(config.source, EncodeSettings(**values))
+
+
+def default_root() -> str:
+    return os.environ.get(layout.ROOT_VARIABLE) or layout.DEFAULT_ROOT
+
+
+def known(name: str, table: dict[str, str], kind: str) -> None:
+    if name not in table:
+        raise SettingError(
+            f"{kind}={name}: unknown{nearest(name, table)}; known: {', '.join(table)}"
+        )
+
+
+def one_line(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """A pydantic error as one line: key, value, remedy. The first of several problems."""
+    first = error.errors()[0]
+    keys = [str(part) for part in first["loc"]]
+    name = ".".join(keys)
+    if first["type"] == "extra_forbidden":
+        siblings = _fields(model, keys[:-1])
+        return (
+            f"{prefix}unknown key {name}{nearest(keys[-1], siblings)}; known: {', '.join(siblings)}"
+        )
+    return f"{prefix}{name}={first.get('input')!r}: {first['msg']}"
+
+
+def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

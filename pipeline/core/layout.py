@@ -1,0 +1,39 @@
+"""Where things lie under one data root: the only place that builds these paths.
+
+    <root>/<source>/images/                                 tars, parquets, stats
+    <root>/<source>/captions/<captioner>/                   parquets
+    <root>/<source>/latents/<vae>/<resolution>/             MDS column group
+    <root>/<source>/text/<encoder>/<captions>.<mode>/       MDS column group
+
+Every group holds index.json (MDS groups), manifest.json, data files, commits/, rejects/.
+"""
+
+from __future__ import annotations
+
+import re
+
+ROOT_VARIABLE = "MICRODIT_ROOT"  # default of every --root and of the trainer's data.root
+DEFAULT_ROOT = "data"
+
+
+def images_group(source: str) -> str:
+    return f"{source}/images"
+
+
+def captions_group(source: str, captioner: str) -> str:
+    return f"{source}/captions/{slug(captioner)}"
+
+
+def latents_group(source: str, vae: str, resolution: int) -> str:
+    return f"{source}/latents/{slug(vae)}/{resolution}"
+
+
+def text_group(source: str, encoder: str, captions: str, mode: str) -> str:
+    """`captions`: a captioner's name ("alt" = the source's own) or a mix, "alt:0.9,colour:0.1"."""
+    return f"{source}/text/{slug(encoder)}/{slug(captions)}.{mode}"
+
+
+def slug(name: str) -> str:
+    """A name (hub id, folder, caption mix) as one path component."""
+    name = name.strip("/").replace(":", "-").replace(",", "+")
+    return re.sub(r"[^A-Za-z0-9._+-]+", "--", name)

@@ -1,0 +1,106 @@
+"""The passport of a column group: what made it, and whether it is what a reader asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.core.errors import SettingError
+from pipeline.core.store import Store
+
+SCHEMA = 1
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class VaeFacts(Strict):
+    """What training and decoding have to know of an image autoencoder."""
+
+    name: str
+    repo: str  # hub id or folder
+    revision: str = ""
+    weights_sha256: str = ""  # "" in the static table, where no weights were read
+    dtype: str = "float32"  # of the encoder when it ran
+    channels: int
+    downsample: int
+    scale: float  # model latent = (raw latent - shift) * scale
+    shift: float
+
+
+class TextFacts(Strict):
+    """What training and sampling have to know of a text encoder."""
+
+    name: str
+    repo: str
+    revision: str = ""
+    weights_sha256: str = ""
+    dtype: str = "float32"
+    width: int  # of a token vector
+    length: int  # tokens, padding included
+
+
+class LatentsManifest(Strict):
+    schema_version: int = SCHEMA
+    kind: str = "latents"
+    source: str
+    vae: VaeFacts
+    resolution: int  # side of the encoded picture, pixels
+    crop: str
+    latents: str  # "mean" or "sample" of the posterior; raw, before shift and scale
+    dtype: str  # of the stored array (channels, side, side)
+    samples: int = 0
+    splits: dict[str, int] = {}
+    shards: int = 0
+
+
+class TextManifest(Strict):
+    schema_version: int = SCHEMA
+    kind: str = "text"
+    source: str
+    text_encoder: TextFacts
+    text: str  # "full" or "trimmed"
+    captions: str  # the mix, e.g. "alt:0.9,colour:0.1"
+    dtype: str  # of the stored token vectors (tokens, width)
+    samples: int = 0  # pictures, not distinct captions
+    splits: dict[str, int] = {}
+    shards: int = 0
+
+
+Manifest = LatentsManifest | TextManifest
+
+
+def write_manifest(store: Store, group: str, manifest: Manifest) -> None:
+    store.write_json(f"{group}/manifest.json", manifest.model_dump())
+
+
+def read_manifest(store: Store, group: str) -> Manifest:
+    """The group's manifest.
+
+    Raises:
+        FileNotFoundError: there is none (nothing was committed there).
+        SettingError: it is of a newer schema, or broken.
+    """
+    record: dict[str, Any] = store.read_json(f"{group}/manifest.json")
+    where = store.url(f"{group}/manifest.json")
+    if record.get("schema_version", 0) > SCHEMA:
+        raise SettingError(
+            f"{where}: schema {record['schema_version']}, this version reads up to {SCHEMA}; "
+            "upgrade the package"
+        )
+    kinds: dict[str, type[Manifest]] = {"latents": LatentsManifest, "text": TextManifest}
+    if record.get("kind") not in kinds:
+        raise SettingError(f"{where}: kind {record.get('kind')!r} is neither latents nor text")
+    return kinds[record["kind"]].model_validate(record)
+
+
+def mismatches(expected: BaseModel, found: BaseModel, ignore: tuple[str, ...] = ()) -> list[str]:
+    """ "field: expected X, found Y" for every field in which two records of facts differ."""
+    a, b = expected.model_dump(), found.model_dump()
+    return [
+        f"{key}: expected {a[key]}, found {b.get(key)}"
+        for key in a
+        if key not in ignore and a[key] != b.get(key)
+    ]

@@ -1,0 +1,89 @@
+"""Which caption a picture trains with: one captioner, or a seeded draw from a weighted mix."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from pipeline.core import layout
+from pipeline.core.commits import Commit, read_commits
+from pipeline.core.errors import SettingError
+from pipeline.core.store import Store
+from pipeline.core.tables import from_parquet
+from pipeline.stages.images import read_alt_captions
+
+ALT = "alt"  # the source's own captions
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Captioners and their weights, summing to 1."""
+
+    weights: dict[str, float]
+
+    @staticmethod
+    def parse(text: str) -> Mix:
+        """ "alt", "colour", or "alt:0.9,colour:0.1".
+
+        Raises:
+            SettingError: a weight that is no positive number.
+        """
+        weights: dict[str, float] = {}
+        for part in text.split(","):
+            name, _, weight = part.strip().partition(":")
+            try:
+                weights[name] = float(weight or 1)
+            except ValueError:
+                weights[name] = -1
+            if not name or not 0 < weights[name] < float("inf"):
+                raise SettingError(f"captions={text}: write NAME or NAME:WEIGHT,NAME:WEIGHT")
+        total = sum(weights.values())
+        return Mix({name: weight / total for name, weight in weights.items()})
+
+    def draw(self, seed: int, key: str) -> str:
+        """The captioner for a key: a function of (seed, key) alone."""
+        digest = hashlib.sha256(f"caption:{seed}:{key}".encode()).digest()
+        point = int.from_bytes(digest[:8], "big") / 2**64
+        for name, weight in self.weights.items():
+            point -= weight
+            if point < 0:
+                return name
+        return list(self.weights)[-1]
+
+
+def upstream(store: Store, source: str, mix: Mix, images: dict[str, Commit]) -> dict[str, dict]:
+    """Shard -> {captioner: fingerprint of its captions}; only shards that every captioner has.
+
+    Raises:
+        SettingError: a captioner of the mix has captioned nothing of this source.
+    """
+    by_captioner: dict[str, dict[str, str]] = {}
+    for name in mix.weights:
+        if name == ALT:
+            commits = images
+        else:
+            commits = read_commits(store, layout.captions_group(source, name))
+            if not commits and images:
+                raise SettingError(
+                    f"captions: {name!r} has captioned nothing of {source}; run "
+                    f"`pipeline run caption --source {source} --captioner {name}`"
+                )
+        by_captioner[name] = {shard: commit.fingerprint for shard, commit in commits.items()}
+    return {
+        shard: {name: found[shard] for name, found in by_captioner.items()}
+        for shard in images
+        if all(shard in found for found in by_captioner.values())
+    }
+
+
+def chosen_captions(store: Store, source: str, mix: Mix, seed: int, shard: str) -> dict[str, str]:
+    """key -> caption for every picture of the shard, in order of key; "" where there is none."""
+    alt = read_alt_captions(store, layout.images_group(source), shard)
+    tables: dict[str, dict[str, str]] = {ALT: alt}
+    for name in mix.weights:
+        if name != ALT:
+            group = layout.captions_group(source, name)
+            table = from_parquet(store.read(f"{group}/{shard}.parquet"))
+            rows = table.select(["key", "caption"]).to_pylist()
+            tables[name] = {row["key"]: row["caption"] or "" for row in rows}
+    return {key: tables[mix.draw(seed, key)].get(key, "").strip() for key in sorted(alt)}

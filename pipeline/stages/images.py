@@ -1,0 +1,133 @@
+"""The images group: how downloaded pictures are written and read back (img2dataset's convention)."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.core.commits import Commit, write_shard
+from pipeline.core.samples import ImageSample, InputShard, Reject
+from pipeline.core.store import Store, sha256
+from pipeline.core.tables import from_parquet, to_parquet
+from pipeline.core.tars import read_samples, write_tar
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """A picture as it lies in a tar."""
+
+    key: str
+    data: bytes
+    caption: str
+
+
+def write_images(
+    store: Store,
+    group: str,
+    shard: InputShard,
+    inputs: dict[str, Any],
+    samples: list[ImageSample],
+    rejects: list[Reject],
+    started: float,
+) -> Commit:
+    """NNNNN.tar (key.png, key.txt, key.json), NNNNN.parquet, NNNNN_stats.json, then the commit.
+
+    The stats file holds times, so no commit names it and nothing depends on it.
+    """
+    members, rows = [], []
+    for sample in samples:
+        row = {
+            "url": sample.ref.url,
+            "caption": sample.ref.caption,
+            "key": sample.ref.key,
+            "status": "success",
+            "error_message": None,
+            "width": sample.width,
+            "height": sample.height,
+            "original_width": sample.original_width,
+            "original_height": sample.original_height,
+            "exif": None,
+            "sha256": sha256(sample.data),
+            "split": shard.split,
+            **sample.extra,
+        }
+        rows.append(row)
+        members += [
+            (f"{sample.ref.key}.{sample.extension}", sample.data),
+            (f"{sample.ref.key}.txt", sample.ref.caption.encode()),
+            (f"{sample.ref.key}.json", json.dumps(row, sort_keys=True).encode()),
+        ]
+    for reject in rejects:
+        rows.append({"key": reject.key, "status": reject.reason, "error_message": reject.detail})
+    rows.sort(key=lambda row: row["key"])
+    ended = time.time()
+    stats = {
+        "count": len(rows),
+        "successes": len(samples),
+        "failed_to_download": sum(r.reason == "failed_to_download" for r in rejects),
+        "failed_to_resize": sum(r.reason != "failed_to_download" for r in rejects),
+        "duration": ended - started,
+        "start_time": started,
+        "end_time": ended,
+        "status_dict": {"success": len(samples), **_counts(rejects)},
+    }
+    store.write_json(f"{group}/{shard.id}_stats.json", stats)
+    return write_shard(
+        store,
+        group,
+        shard,
+        inputs,
+        files={
+            f"{shard.id}.tar": write_tar(members),
+            f"{shard.id}.parquet": to_parquet(pa.Table.from_pylist(rows, schema=_SCHEMA)),
+        },
+        keys=[sample.ref.key for sample in samples],
+        rejects=rejects,
+    )
+
+
+def read_images(store: Store, group: str, shard: str) -> Iterator[StoredImage]:
+    """The pictures of a committed shard, in the tar's order; captions from the tar."""
+    for key, fields in read_samples(store.read(f"{group}/{shard}.tar")):
+        data = next((fields[e] for e in IMAGE_EXTENSIONS if e in fields), None)
+        if data is not None:
+            yield StoredImage(key, data, fields.get("txt", b"").decode())
+
+
+def read_alt_captions(store: Store, group: str, shard: str) -> dict[str, str]:
+    """key -> the source's own caption, from the shard's parquet (no tar is read)."""
+    table = from_parquet(store.read(f"{group}/{shard}.parquet"))
+    rows = table.select(["key", "caption", "status"]).to_pylist()
+    return {row["key"]: row["caption"] or "" for row in rows if row["status"] == "success"}
+
+
+_SCHEMA = pa.schema(
+    [
+        ("url", pa.string()),
+        ("caption", pa.string()),
+        ("key", pa.string()),
+        ("status", pa.string()),
+        ("error_message", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("original_width", pa.int32()),
+        ("original_height", pa.int32()),
+        ("exif", pa.string()),
+        ("sha256", pa.string()),
+        ("split", pa.string()),
+    ]
+)
+
+
+def _counts(rejects: list[Reject]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for reject in rejects:
+        counts[reject.reason] = counts.get(reject.reason, 0) + 1
+    return counts

@@ -1,0 +1,156 @@
+"""Small column groups on disk, made with the pipeline's own writers; no encoder runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.core import layout
+from pipeline.core.commits import write_shard
+from pipeline.core.groups import publish
+from pipeline.core.manifest import LatentsManifest, TextManifest
+from pipeline.core.mds import encode_shard
+from pipeline.core.samples import InputShard
+from pipeline.core.store import Store, fingerprint
+from pipeline.core.tables import to_parquet
+from pipeline.encoders import text_facts, vae_facts
+
+CHANNELS, WIDTH, LENGTH = 4, 16, 12
+SPLITS = ("train", "train", "heldout")  # of input shards 00000, 00001, 00002
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """Folders with the config files of a VAE and a text encoder, but no weights."""
+
+    vae: str
+    text: str
+
+
+def make_encoders(folder: Path) -> Encoders:
+    vae, text = folder / "vae", folder / "text"
+    vae.mkdir(parents=True)
+    text.mkdir()
+    config: dict[str, Any] = {
+        "latent_channels": CHANNELS,
+        "block_out_channels": [8, 8, 8, 8],
+        "scaling_factor": 0.5,
+        "shift_factor": 0.25,
+    }
+    (vae / "config.json").write_text(json.dumps(config))
+    config = {"model_cfg": {"text_cfg": {"width": WIDTH, "context_length": LENGTH}}}
+    (text / "open_clip_config.json").write_text(json.dumps(config))
+    return Encoders(str(vae), str(text))
+
+
+def make_source(
+    root: Path,
+    encoders: Encoders,
+    name: str = "toy",
+    resolution: int = 64,
+    text: str = "trimmed",
+    captions: str = "alt",
+    samples: int = 20,
+    splits: tuple[str, ...] = SPLITS,
+    without_caption: tuple[str, ...] = (),
+    seed: int = 0,
+) -> Store:
+    """Latents and text groups of one source with `samples` pictures in each input shard.
+
+    The caption of key K is "caption C of SHARD" with C its number modulo 7, so captions are shared;
+    the first value of every token row is C, and the first latent value is K's number.
+    """
+    store = Store(root)
+    vae, encoder = vae_facts(encoders.vae), text_facts(encoders.text)
+    latents_group = layout.latents_group(name, encoders.vae, resolution)
+    text_group = layout.text_group(name, encoders.text, captions, text)
+    side = resolution // vae.downsample
+    latent_columns = {"key": "str", "latent": f"ndarray:float16:{CHANNELS},{side},{side}"}
+    for number, split in enumerate(splits):
+        shard = InputShard(f"{number:05d}", split)
+        rng = np.random.default_rng((seed, number))
+        keys = [f"{shard.id}{i:04d}" for i in range(samples)]
+        pictures = rng.normal(0.25, 2, (samples, CHANNELS, side, side)).astype(np.float16)
+        pictures[:, 0, 0, 0] = np.arange(samples)
+        rows = [{"key": key, "latent": latent} for key, latent in zip(keys, pictures, strict=True)]
+        _write(store, latents_group, shard, latent_columns, rows, keys, {})
+        tokens = [_tokens(c, encoder.length, text, rng) for c in range(7)]
+        rows = [{"caption": f"caption {c} of {shard.id}", "tokens": tokens[c]} for c in range(7)]
+        with_caption = [key for key in keys if key not in without_caption]
+        numbers = [int(key[5:]) % 7 for key in with_caption]
+        join = pa.table({"key": with_caption, "row": pa.array(numbers, pa.int32())})
+        columns = {"caption": "str", "tokens": "ndarray:float16"}
+        parquet = {".parquet": to_parquet(join)}
+        _write(store, text_group, shard, columns, rows, with_caption, parquet)
+    common: dict[str, Any] = {"source": name, "dtype": "float16"}
+    publish(
+        store,
+        latents_group,
+        LatentsManifest(**common, vae=vae, resolution=resolution, crop="center", latents="mean"),
+    )
+    publish(
+        store,
+        text_group,
+        TextManifest(**common, text_encoder=encoder, text=text, captions=captions),
+    )
+    return store
+
+
+def settings(root: Path, encoders: Encoders, folder: Path) -> dict[str, Any]:
+    """A run of two short stages over `make_source`, as a YAML file would hold it."""
+    return {
+        "name": "toy",
+        "folder": str(folder),
+        "seed": 3,
+        "data": {
+            "root": str(root),
+            "sources": ["toy"],
+            "vae": encoders.vae,
+            "text_encoder": encoders.text,
+            "text": "trimmed",
+            "workers": 0,
+        },
+        "model": {
+            "arch": "custom",
+            "width": 32,
+            "depth": 2,
+            "head_dim": 16,
+            "multiple_of": 16,
+            "mixer_width": 32,
+            "mixer_depth": 1,
+            "num_experts": 2,
+        },
+        "defaults": {"resolution": 64, "batch_size": 8, "lr": 1e-2, "ema": 0.9, "save_every": 4},
+        "stages": {
+            "masked": {"steps": 10, "mask": "deferred", "mask_ratio": 0.5, "warmup": 3},
+            "full": {"steps": 7, "schedule": "cosine", "clip": 0.5, "keep_moments": True},
+        },
+    }
+
+
+def _tokens(c: int, length: int, text: str, rng: np.random.Generator) -> np.ndarray:
+    rows = length if text == "full" else 3 + c
+    tokens = rng.normal(size=(rows, WIDTH)).astype(np.float16)
+    tokens[:, 0] = c
+    return tokens
+
+
+def _write(
+    store: Store,
+    group: str,
+    shard: InputShard,
+    columns: dict[str, str],
+    rows: list[dict[str, Any]],
+    keys: list[str],
+    companions: dict[str, bytes],
+) -> None:
+    inputs = {"group": group, "shard": shard.id}
+    stem = f"{shard.id}-{fingerprint(inputs)}"
+    data, entry = encode_shard(columns, rows, f"{stem}.mds")
+    files = {f"{stem}.mds": data} | {stem + end: value for end, value in companions.items()}
+    write_shard(store, group, shard, inputs, files, keys, [], entry)

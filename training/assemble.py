@@ -1,0 +1,222 @@
+"""A plan -> network, loader, optimizer, callbacks, Trainer: one stage after the other.
+
+Each stage begins from the last checkpoint of the one before, also when both run in one process, so
+an interrupted run cannot differ from an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import DataSpec, Trainer
+from composer.utils import dist, get_device
+
+from pipeline.core.errors import SettingError
+from training import folder, weights
+from training.callbacks import ClipGradients, SaveCheckpoints, StepFunctions, StopAtNaN
+from training.checkpoints import CheckpointState, allow_only_data, read
+from training.config import Config
+from training.denoiser import EDM
+from training.dit import MicroDiT
+from training.ema import EMA
+from training.estimate import network_config
+from training.folder import StageFolder
+from training.loader import global_rows, make_dataset, make_loader
+from training.model import DiffusionModel, Objective
+from training.optim import make_optimizer
+from training.preflight import Plan, world_size
+from training.progress import Progress
+from training.randomness import keyed_seed
+
+
+def run(plan: Plan) -> None:
+    """Trains every stage that is not finished.
+
+    Raises:
+        SettingError: a checkpoint cannot be read or written, a picture has no caption, or the loss
+            is no number.
+    """
+    allow_only_data()
+    if world_size() > 1:
+        dist.initialize_dist(get_device(None))
+    left, before = folder.unfinished(plan), None
+    for name, stage in plan.config.stages.items():
+        path = folder.stage_folder(plan, name)
+        if name in left:
+            _run_stage(plan, name, path, before)
+        else:
+            _say(f"stage {name}: finished before, not run again")
+        before = path.checkpoint(stage.steps)
+
+
+def _run_stage(plan: Plan, name: str, path: StageFolder, before: Path | None) -> None:
+    """One stage with its own loader, schedule and Trainer: from its own latest checkpoint, or from
+    the stage before, or from nothing."""
+    config, stage = plan.config, plan.config.stages[name]
+    if dist.get_global_rank() == 0:
+        folder.begin(plan, name)
+    resume = path.checkpoints()[-1] if path.checkpoints() else None
+    start = read(before) if before is not None and resume is None else None
+    model = DiffusionModel(_network(plan, name, start, resume), _objective(plan, name))
+    average = start.average if start else None
+    ema = EMA(model.dit, stage.ema, stage.ema_start, average)
+    trainer = _trainer(plan, name, path, model, ema, resume)
+    if start is not None and stage.keep_moments:
+        start.restore_moments(trainer.state)
+    done = trainer.state.timestamp.batch.value
+    _say(f"stage {name}: {stage.steps} steps" + (f", goes on after {done}" if done else ""))
+    try:
+        if done < stage.steps:
+            trainer.fit()
+        if dist.get_global_rank() == 0:
+            _export(plan, name, path, model, ema)
+            _say(f"stage {name}: finished, weights in {config.run_folder() / folder.MODEL}")
+    finally:
+        trainer.close()
+
+
+def _objective(plan: Plan, name: str) -> Objective:
+    config, stage = plan.config, plan.config.stages[name]
+    return Objective(
+        edm=EDM(**config.edm.model_dump(), p_mean=stage.p_mean, p_std=stage.p_std),
+        mask=stage.mask,
+        mask_ratio=stage.mask_ratio,
+        caption_drop=config.data.caption_drop,
+        seed=config.seed,
+        stage=name,
+        batch_size=stage.batch_size,
+        rows=global_rows(),
+    )
+
+
+def _network(plan: Plan, name: str, start: CheckpointState | None, resume: Path | None) -> MicroDiT:
+    """The stage's network: initialised, or with the weights of the stage before, or, where a
+    checkpoint of this stage will fill it, with arbitrary ones."""
+    config = network_config(plan, plan.config.stages[name])
+    with torch.device("meta"):
+        network = MicroDiT(config)
+    network.to_empty(device="cpu")
+    if start is None and resume is None:
+        seed = keyed_seed(plan.config.seed, "weights")
+        network.initialise(torch.Generator().manual_seed(seed))
+        return network
+    network.set_resolution(config.input_size, config.pos_interp_scale)  # fills the position table
+    network.mask_token.zero_()
+    if start is not None:
+        start.restore_weights(network)
+    return network
+
+
+def _trainer(
+    plan: Plan,
+    name: str,
+    path: StageFolder,
+    model: DiffusionModel,
+    ema: EMA,
+    resume: Path | None,
+) -> Trainer:
+    config, stage = plan.config, plan.config.stages[name]
+    device = get_device(None)
+    dataset = make_dataset(plan, name)
+    loader = make_loader(dataset, config.data.workers, config.data.text == "trimmed")
+    precision = config.precision
+    if precision == "auto":
+        precision = "amp_bf16" if device.name == "gpu" else "fp32"
+    elif precision == "amp_bf16" and device.name == "cpu":
+        raise SettingError("precision=amp_bf16: Composer has it on GPUs only; use auto or fp32")
+    try:
+        return Trainer(
+            model=model,
+            train_dataloader=DataSpec(
+                loader, get_num_samples_in_batch=lambda batch: len(batch["latents"])
+            ),
+            max_duration=f"{stage.steps}ba",
+            optimizers=make_optimizer(model.parameters(), config.optimizer, stage.lr),
+            callbacks=[
+                StepFunctions(model, stage),
+                ClipGradients(stage.clip),
+                StopAtNaN(name),
+                ema,
+                SaveCheckpoints(path, stage, config.checkpoint.keep),
+                Progress(name, stage.steps, config.logging.every),
+            ],
+            loggers=_loggers(config, path.path),
+            run_name=f"{config.name}-{name}",
+            progress_bar=False,
+            spin_dataloaders=False,
+            load_path=str(resume) if resume else None,
+            load_progress_bar=False,
+            device=device,
+            precision=precision,
+            device_train_microbatch_size=stage.microbatch or stage.batch_size // world_size(),
+            seed=keyed_seed(config.seed, "global", name) % (1 << 31),
+        )
+    except Exception as error:
+        if resume is None:
+            raise
+        raise SettingError(
+            f"cannot go on from {resume}: {' '.join(str(error).split())[:300]}; remove the file to "
+            "go on from the checkpoint before it, or from the beginning of the stage"
+        ) from error
+
+
+def _export(plan: Plan, name: str, path: StageFolder, model: DiffusionModel, ema: EMA) -> None:
+    """The finished stage's weights, also as those of the run."""
+    config, stage, sources = plan.config, plan.config.stages[name], plan.data[name]
+    averaged = stage.ema is not None and stage.steps >= stage.ema_start
+    passport = weights.Passport(
+        run=config.name,
+        stage=name,
+        step=stage.steps,
+        weights="ema" if averaged else "live",
+        ema=stage.ema if averaged else None,
+        **weights.facts(model.dit, model.objective.edm),
+        resolution=stage.resolution,
+        vae=sources[0].latents.vae,
+        text_encoder=sources[0].text.text_encoder,
+        text=config.data.text,
+        captions=config.data.captions,
+        latents_manifests={source.name: source.latents for source in sources},
+        text_manifests={source.name: source.text for source in sources},
+        attribution=weights.attributions([source.name for source in sources]),
+        config=config.model_dump(mode="json"),
+    )
+    if averaged:
+        live = passport.model_copy(update={"weights": "live", "ema": None})
+        weights.save(path.live, model.dit, {}, live)
+    weights.save(path.model, model.dit, ema.averaged(), passport)
+    folder.link(path.model, config.run_folder() / folder.MODEL)
+
+
+def _loggers(config: Config, path: Path) -> list[Any]:
+    """Composer's loggers by name.
+
+    Raises:
+        SettingError: the package behind one is not installed.
+    """
+    made = []
+    for name in config.logging.to:
+        try:
+            if name == "tensorboard":
+                from composer.loggers import TensorboardLogger
+
+                made.append(TensorboardLogger(log_dir=str(path / "tensorboard")))
+            elif name == "wandb":
+                from composer.loggers import WandBLogger
+
+                made.append(WandBLogger(project=config.name, name=path.name))
+            else:
+                from composer.loggers import MLFlowLogger
+
+                made.append(MLFlowLogger(experiment_name=config.name, run_name=path.name))
+        except ImportError as error:
+            raise SettingError(f"logging.to={name}: pip install {name} first") from error
+    return made
+
+
+def _say(text: str) -> None:
+    if dist.get_global_rank() == 0:
+        print(text, file=sys.stderr, flush=True)

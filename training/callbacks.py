@@ -1,0 +1,103 @@
+"""What happens around each step: the step's number and rate, clipping, checks, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch
+from composer import Callback, Logger, State
+from composer.utils import dist
+from composer.utils.checkpoint import save_checkpoint
+
+from pipeline.core.errors import SettingError
+from training.config import Stage
+from training.folder import StageFolder
+from training.model import DiffusionModel
+from training.optim import learning_rate
+
+
+class StepFunctions(Callback):
+    """Sets what is a function of the step: the model's random numbers and the learning rate."""
+
+    def __init__(self, model: DiffusionModel, stage: Stage) -> None:
+        self._model = model
+        self._stage = stage
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        step = state.timestamp.batch.value
+        self._model.step = step
+        rate = learning_rate(self._stage, step)
+        for group in state.optimizers[0].param_groups:
+            group["lr"] = rate
+        logger.log_metrics({"train/lr": rate})
+
+
+class ClipGradients(Callback):
+    """Scales the gradients of all micro-batches together down to a largest global norm."""
+
+    def __init__(self, norm: float | None) -> None:
+        self._norm = norm
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        if self._norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), self._norm)
+            if logger.destinations:  # reading a number stalls a GPU
+                logger.log_metrics({"train/grad_norm": norm.item()})
+
+
+class StopAtNaN(Callback):
+    """Ends the run at a loss that is no number, before a checkpoint can be made of it."""
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        loss = state.total_loss_dict["loss/train/total"]  # Composer has read it from the device
+        if not math.isfinite(loss):
+            raise SettingError(
+                f"stage {self._stage}, step {state.timestamp.batch.value}: the loss is {loss}; the "
+                "last checkpoint is from before that. Lower lr or clip harder, and run again"
+            )
+
+
+class SaveCheckpoints(Callback):
+    """A checkpoint every N steps and at the end: whole under its final name, or not there.
+
+    Composer's saver writes to the final name in place; a start after a kill in the middle of that
+    stops at the file it finds.
+    """
+
+    def __init__(self, folder: StageFolder, stage: Stage, keep: int) -> None:
+        self._folder = folder
+        self._stage = stage
+        self._keep = keep
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        step = state.timestamp.batch.value
+        if step % self._stage.save_every and step != self._stage.steps:
+            return
+        path = self._folder.checkpoint(step)
+        part = path.with_name(f".{path.name}.part")
+        try:
+            # Nothing of ours depends on the global generators that "rng" holds.
+            save_checkpoint(state, str(part), ignore_keys=["rng"])
+            if dist.get_global_rank() == 0:
+                _publish(part, path)
+        except (OSError, RuntimeError) as error:
+            part.unlink(missing_ok=True)
+            good = self._folder.checkpoints()
+            raise SettingError(
+                f"cannot write {path}: {' '.join(str(error).split())[:200]}; "
+                f"the last good checkpoint is {good[-1] if good else 'none'}"
+            ) from error
+        if dist.get_global_rank() == 0:
+            for old in self._folder.checkpoints()[: -self._keep]:
+                old.unlink()
+
+
+def _publish(part: Path, path: Path) -> None:
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)

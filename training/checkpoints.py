@@ -1,0 +1,92 @@
+"""Composer checkpoints as data: read without executing a pickle, and handed from stage to stage."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import State
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+from torch.torch_version import TorchVersion
+
+from pipeline.core.errors import SettingError
+from training.dit import MicroDiT
+
+PREFIX = "dit."  # of the network in the ComposerModel, as in the released project's checkpoints
+BUFFERS = ("pos_embed", "mask_token")  # follow from the config; positions change with resolution
+
+
+def allow_only_data() -> None:
+    """From here on torch.load runs no code of a file, also where Composer asks it to.
+
+    Composer 0.32.1 hard-codes weights_only=False; the variable overrules that. The list names what
+    its checkpoints hold beside tensors and plain values.
+    """
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals([datetime.timedelta, TorchVersion])
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """The parts of a stage's last checkpoint that the next stage begins with."""
+
+    path: Path
+    model: dict[str, Tensor]
+    average: dict[str, Tensor] | None
+    optimizers: dict[str, Any]
+
+    def restore_weights(self, network: MicroDiT) -> None:
+        """Into a network that may have another resolution: positions stay its own.
+
+        Raises:
+            SettingError: weights of another architecture.
+        """
+        own = network.state_dict()
+        tensors = {
+            name.removeprefix(PREFIX): value
+            for name, value in self.model.items()
+            if name.removeprefix(PREFIX) not in BUFFERS
+        }
+        tensors |= {name: own[name] for name in BUFFERS}
+        try:
+            network.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise SettingError(f"{self.path}: {' '.join(str(error).split())[:300]}") from error
+
+    def restore_moments(self, state: State) -> None:
+        """AdamW's moments; the learning rate and other settings stay those of the new stage."""
+        optimizer = state.optimizers[0]
+        groups = [
+            {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+        ]
+        set_optimizer_state_dict(
+            state.model, optimizer, optim_state_dict=self.optimizers[type(optimizer).__qualname__]
+        )
+        for group, settings in zip(optimizer.param_groups, groups, strict=True):
+            group.update(settings)
+
+
+def read(path: Path) -> CheckpointState:
+    """A checkpoint's weights, average and optimizer state, on the CPU.
+
+    Raises:
+        SettingError: not there, truncated, or holding more than data.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]
+        average = state["callbacks"]["EMA"]["average"]
+        return CheckpointState(path, state["model"], average, state["optimizers"])
+    except FileNotFoundError as error:
+        raise SettingError(
+            f"{path}: the last checkpoint of a finished stage is missing, so the next stage cannot "
+            "begin; remove the finished stage's folder to run it again"
+        ) from error
+    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise SettingError(f"{path}: not a readable checkpoint ({text})") from error

@@ -1,0 +1,97 @@
+"""What a run will cost: parameters, FLOPs, bytes, GPU-hours. Works with and without data."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import yaml
+
+from pipeline.core.errors import SettingError
+from training.config import Stage
+from training.dit import MODELS, DiTConfig
+from training.flops import flops_per_image, num_parameters
+from training.preflight import Plan, Source
+
+STEP_PASSES = 3  # a training step costs three forward passes: forward, and twice that backward
+FLOAT16 = 2  # bytes
+
+
+def network_config(plan: Plan, stage: Stage) -> DiTConfig:
+    """The network of a stage.
+
+    Raises:
+        SettingError: sizes that no network can have.
+    """
+    base = MODELS.get(plan.config.model.arch, DiTConfig())
+    try:
+        return dataclasses.replace(base, **plan.network(stage))
+    except ValueError as error:
+        raise SettingError(f"model: {error}") from error
+
+
+def report(plan: Plan) -> str:
+    """The resolved config as YAML, then a table of the stages and the total."""
+    config = plan.config
+    networks = {name: network_config(plan, stage) for name, stage in config.stages.items()}
+    lines = [
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100).rstrip(),
+        "",
+        f"parameters: {num_parameters(next(iter(networks.values()))):,}",
+        f"vae: {plan.vae.name}, {plan.vae.channels} channels, 1/{plan.vae.downsample} of the side; "
+        f"text: {plan.text.name}, {config.data.text}, up to {plan.text.length} x {plan.text.width}",
+        "",
+        f"{'stage':<14}{'steps':>9}{'images':>13}{'GFLOP/image':>13}{'bytes/sample':>14}"
+        f"{'FLOPs':>11}{'GPU-hours':>12}",
+    ]
+    total = 0.0
+    for name, stage in config.stages.items():
+        sources = plan.data.get(name, [])
+        rows = round(_rows(plan, sources))
+        forward = flops_per_image(networks[name], stage.mask_ratio, rows)
+        flops = STEP_PASSES * forward * stage.steps * stage.batch_size
+        total += flops
+        lines.append(
+            f"{name:<14}{stage.steps:>9,}{stage.steps * stage.batch_size:>13,}"
+            f"{forward / 1e9:>13.4g}{_bytes(plan, stage, sources):>14,.0f}"
+            f"{flops:>11.3g}{_hours(plan, flops):>12,.3g}"
+        )
+    hours, estimate = _hours(plan, total), config.estimate
+    lines += [
+        "",
+        f"total: {total:.4g} FLOPs (3 x forward). On {estimate.gpu}s of {estimate.peak_tflops:g} "
+        f"TFLOP/s at {estimate.mfu:.0%} MFU and ${estimate.dollars_per_gpu_hour:g} an hour: "
+        f"{hours:,.3g} GPU-hours, ${hours * estimate.dollars_per_gpu_hour:,.4g}",
+        _data_line(plan),
+    ]
+    return "\n".join(lines)
+
+
+def _rows(plan: Plan, sources: list[Source]) -> float:
+    """Caption rows the network reads: stored mean where text is trimmed and known, else all."""
+    captions = sum(s.captions for s in sources)
+    if plan.config.data.text == "full" or not captions:
+        return plan.text.length
+    return sum(s.text_bytes for s in sources) / captions / (FLOAT16 * plan.text.width)
+
+
+def _bytes(plan: Plan, stage: Stage, sources: list[Source]) -> float:
+    """Bytes that one sample takes to read: its latent and its caption's rows."""
+    if not sources:
+        side = plan.latent_side(stage)
+        latent = FLOAT16 * plan.vae.channels * side * side
+        return latent + FLOAT16 * plan.text.length * plan.text.width
+    latents = sum(s.latent_bytes for s in sources) / sum(s.samples for s in sources)
+    return latents + sum(s.text_bytes for s in sources) / sum(s.captions for s in sources)
+
+
+def _hours(plan: Plan, flops: float) -> float:
+    estimate = plan.config.estimate
+    return flops / (estimate.peak_tflops * 1e12 * estimate.mfu) / 3600
+
+
+def _data_line(plan: Plan) -> str:
+    if not plan.data:
+        return f"data: not all there under {plan.config.data.root}; bytes follow from the formats"
+    sources = next(iter(plan.data.values()))
+    counts = ", ".join(f"{s.name} {s.samples:,}" for s in sources)
+    return f"data: {counts} samples of split {plan.config.data.split}; bytes are measured"

@@ -1,0 +1,130 @@
+"""A run's folder: which file is where, and whether it belongs to these settings. No torch here.
+
+    config.json                     the resolved settings of the last start
+    <stage>/settings.json           what this stage was begun with
+    <stage>/step-00000200.pt        Composer checkpoint; the last one of a finished stage stays
+    <stage>/model.safetensors       averaged weights of the finished stage, with their passport
+    <stage>/live.safetensors        the weights themselves, where an average was kept
+    model.safetensors               of the last finished stage
+
+A stage is finished when its model.safetensors is there: it is written last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.errors import SettingError
+from pipeline.core.store import Store
+from training.preflight import Plan
+
+MODEL = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """One stage's part of the run's folder."""
+
+    path: Path
+
+    @property
+    def model(self) -> Path:
+        return self.path / MODEL
+
+    @property
+    def live(self) -> Path:
+        return self.path / "live.safetensors"
+
+    @property
+    def settings(self) -> Path:
+        return self.path / "settings.json"
+
+    def finished(self) -> bool:
+        return self.model.exists()
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / f"step-{step:08d}.pt"
+
+    def checkpoints(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        return sorted(self.path.glob("step-*.pt"))
+
+
+def stage_folder(plan: Plan, name: str) -> StageFolder:
+    return StageFolder(plan.config.run_folder() / name)
+
+
+def unfinished(plan: Plan) -> list[str]:
+    """The stages that are left to run, in order."""
+    return [name for name in plan.config.stages if not stage_folder(plan, name).finished()]
+
+
+def check(plan: Plan) -> None:
+    """Refuses to go on with, or to skip, a stage that was begun with other settings.
+
+    Raises:
+        SettingError: names the settings, old and new.
+    """
+    for name in plan.config.stages:
+        folder = stage_folder(plan, name)
+        if folder.settings.exists():
+            begun = json.loads(folder.settings.read_text())
+            changes = _differences(begun, decisive_settings(plan, name))
+            if changes:
+                raise SettingError(
+                    f"{folder.path} was begun with other settings ({'; '.join(changes[:5])}); "
+                    f"choose another folder (folder=runs/NAME), or remove {folder.path} and the "
+                    "stages after it"
+                )
+
+
+def begin(plan: Plan, name: str) -> None:
+    """Records what a stage is begun with."""
+    store = Store(plan.config.run_folder())
+    store.write_json("config.json", plan.config.model_dump(mode="json"))
+    store.write_json(f"{name}/settings.json", decisive_settings(plan, name))
+
+
+def decisive_settings(plan: Plan, name: str) -> dict[str, Any]:
+    """What decides a stage's result. Not: where data lies, workers, logging, saving, precision."""
+    config, stage, source = plan.config, plan.config.stages[name], plan.data[name][0]
+    # Through JSON, so that it compares with what was written.
+    data = config.data.model_dump(mode="json", exclude={"root", "workers", "cache", "sources"})
+    own = stage.model_dump(mode="json", exclude={"save_every", "microbatch", "sources"})
+    return {
+        "seed": config.seed,
+        "data": data | {"sources": config.sources_of(stage)},
+        "vae": source.latents.vae.model_dump(mode="json"),
+        "text_encoder": source.text.text_encoder.model_dump(mode="json"),
+        "model": config.model.model_dump(mode="json", exclude_none=True),
+        "base_resolution": config.base_resolution(),
+        "edm": config.edm.model_dump(mode="json"),
+        "optimizer": config.optimizer.model_dump(mode="json"),
+        "stage": own,
+    }
+
+
+def link(target: Path, name: Path) -> None:
+    """The same file under a second name, replaced atomically; a copy where links do not work."""
+    part = name.with_name(f".{name.name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(target, part)
+    except OSError:
+        shutil.copyfile(target, part)
+    os.replace(part, name)
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for name in sorted(old.keys() | new.keys())
+            for line in _differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+        ]
+    return [] if old == new else [f"{key}: {old} -> {new}"]

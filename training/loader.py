@@ -1,0 +1,170 @@
+"""Latents streamed from MDS shards, joined with their captions by key, batched.
+
+`StreamingDataset` decides the order: shuffled, the same for any number of ranks and workers, and
+resumable in the middle of an epoch through its loader's state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from streaming import Stream, StreamingDataLoader, StreamingDataset
+
+from pipeline.core.latents import to_model
+from pipeline.core.manifest import VaeFacts
+from pipeline.core.store import Store
+from training.preflight import Plan, Source, world_size
+from training.randomness import Rows, keyed_seed
+from training.text import TextGroup
+
+
+class Sample(TypedDict):
+    """One picture as the network sees it."""
+
+    key: str
+    caption: str
+    latent: np.ndarray  # float32 (C, h, w), shifted and scaled
+    tokens: np.ndarray  # float16 (L, W): real rows, or all rows of a full group
+
+
+class SplitStream(Stream):
+    """The shards of one split of a latents group; the index says which they are."""
+
+    def __init__(self, source: Source, store: Store, split: str, cache: Path, text: TextGroup):
+        url = store.url(source.latents_group)
+        if store.local:
+            super().__init__(local=url)
+        else:
+            super().__init__(remote=url, local=str(cache / source.latents_group))
+        self.wanted_split = split
+        self.text = text
+        self.inputs: list[str] = []  # input shards, in the order of this stream's shards
+
+    def get_shards(self, world, allow_unsafe_types: bool):
+        """Readers of the wanted shards only: the others do not exist for the dataset."""
+        shards = super().get_shards(world, allow_unsafe_types)
+        with open(os.path.join(self.local, "index.json"), encoding="utf-8") as file:
+            records = json.load(file)["inputs"]
+        pairs = zip(shards, records, strict=True)
+        wanted = [(s, r["shard"]) for s, r in pairs if r["split"] == self.wanted_split]
+        self.inputs = [name for _, name in wanted]
+        return [shard for shard, _ in wanted]
+
+
+class LatentText(StreamingDataset):
+    """Streams `Sample`s of one or more sources, in proportion to their sizes.
+
+    Args:
+        streams: one a source.
+        vae: facts of the VAE that made all of them.
+        batch_size: samples of this rank in a batch.
+        seed: decides the order.
+        shuffle: False streams in the shards' order.
+    """
+
+    def __init__(
+        self,
+        streams: list[SplitStream],
+        vae: VaeFacts,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+    ) -> None:
+        super().__init__(streams=streams, batch_size=batch_size, shuffle=shuffle, shuffle_seed=seed)
+        self._vae = vae
+
+    def get_item(self, sample_id: int, retry: int = 7) -> Sample:
+        """One sample by its place in the dataset.
+
+        Raises:
+            SettingError: the picture has no caption in its text group.
+        """
+        stored: dict[str, Any] = super().get_item(sample_id, retry)
+        shard, _ = self.spanner[sample_id]
+        number = self.stream_per_shard[shard]
+        stream = self.streams[number]
+        assert isinstance(stream, SplitStream)
+        name = stream.inputs[shard - self.shard_offset_per_stream[number]]
+        caption = stream.text.read(name, stored["key"])
+        return Sample(
+            key=stored["key"],
+            caption=caption.text,
+            latent=to_model(stored["latent"].astype(np.float32), self._vae).astype(np.float32),
+            tokens=caption.tokens,
+        )
+
+
+def make_dataset(plan: Plan, stage: str, shuffle: bool = True) -> LatentText:
+    """The dataset of one stage of a run; its order is a function of (seed, stage)."""
+    config = plan.config
+    store = Store(config.data.root)
+    cache = Path(config.data.cache or config.run_folder() / "cache").absolute()
+    streams = [
+        SplitStream(
+            source,
+            store,
+            config.data.split,
+            cache,
+            TextGroup(store, source.text_group, cache, source.command(config)),
+        )
+        for source in plan.data[stage]
+    ]
+    batch_size = config.stages[stage].batch_size // world_size()
+    seed = keyed_seed(config.seed, "order", stage) % (1 << 31)
+    return LatentText(streams, plan.vae, batch_size, seed, shuffle)
+
+
+def make_loader(dataset: LatentText, workers: int, trimmed: bool) -> StreamingDataLoader:
+    """Batches of `collate`, all full: what is left over at the end of an epoch is left out."""
+    return StreamingDataLoader(
+        dataset,
+        batch_size=dataset.batch_size,
+        collate_fn=partial(collate, trimmed=trimmed),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=True,
+    )
+
+
+def collate(samples: list[Sample], trimmed: bool) -> dict[str, torch.Tensor]:
+    """Samples -> the tensors of a batch.
+
+    Returns:
+        latents float32 (B, C, h, w); y float16 (B, L, W), padded with zero rows to the longest
+        caption; y_mask bool (B, L), True for real rows, in a trimmed batch only; index int64 (B,),
+        the places in this rank's batch, which micro-batches need to find their random numbers.
+    """
+    lengths = [len(sample["tokens"]) for sample in samples]
+    first = samples[0]["tokens"]
+    y = np.zeros((len(samples), max(lengths), first.shape[1]), first.dtype)
+    for row, sample, length in zip(y, samples, lengths, strict=True):
+        row[:length] = sample["tokens"]
+    batch = {
+        "latents": torch.from_numpy(np.stack([sample["latent"] for sample in samples])),
+        "y": torch.from_numpy(y),
+        "index": torch.arange(len(samples)),
+    }
+    if trimmed:
+        batch["y_mask"] = torch.arange(y.shape[1]) < torch.tensor(lengths)[:, None]
+    return batch
+
+
+def global_rows() -> Rows:
+    """Which rows of the global batch this rank's loader gives, in StreamingDataset's partition.
+
+    Sample j of a rank is row (j * ranks + local rank) * nodes + node of what one rank would get.
+    """
+    ranks = world_size()
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks)
+    nodes = ranks // per_node
+    local = int(os.environ.get("LOCAL_RANK") or 0)
+    node = int(os.environ.get("NODE_RANK") or 0)
+    return Rows(first=local * nodes + node, step=ranks)

@@ -1,0 +1,106 @@
+"""The network and its loss, in the shape that Composer trains."""
+
+from __future__ import annotations
+
+import pkgutil
+from dataclasses import dataclass
+
+import torch
+from composer.models import ComposerModel
+from torch import Tensor
+
+from training.denoiser import EDM
+from training.dit import MicroDiT
+from training.flops import flops_per_image
+from training.masking import MASKS
+from training.randomness import Draws, Rows, draw
+
+STEP_PASSES = 3  # forward FLOPs in a training step: forward, and twice that backward
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a stage asks of the network, and the key of its random numbers."""
+
+    edm: EDM
+    mask: str  # a scheme of training.masking
+    mask_ratio: float
+    caption_drop: float
+    seed: int
+    stage: str
+    batch_size: int  # over all ranks
+    rows: Rows  # of this rank
+
+
+class DiffusionModel(ComposerModel):
+    """Training loss of a MicroDiT on a batch of `training.loader.collate`.
+
+    `step` has to be set before each batch: noise, noise levels, masks and dropped captions are a
+    function of it. Batches are only read, never written to.
+    """
+
+    def __init__(self, dit: MicroDiT, objective: Objective) -> None:
+        super().__init__()
+        self.dit = dit
+        self.objective = objective
+        self.step = 0
+        self._mask = pkgutil.resolve_name(MASKS[objective.mask])
+        self._draws: tuple[int, Draws] | None = None
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Loss of each sample of a micro-batch, float32 (B,)."""
+        objective, index = self.objective, batch["index"]
+        draws = self._draw(batch["latents"].device)
+        y, y_mask = drop_captions(
+            batch["y"], batch.get("y_mask"), draws.drop[index] < objective.caption_drop
+        )
+        return objective.edm.loss(
+            self.dit,
+            batch["latents"],
+            objective.edm.sigma(draws.level[index]),
+            draws.noise[index],
+            y,
+            y_mask,
+            self._mask(draws.mask[index], objective.mask_ratio),
+        )
+
+    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Mean over the micro-batch."""
+        return outputs.mean()
+
+    def get_metrics(self, is_train: bool) -> dict:
+        """None: with any, Composer would flip eval() and train() around every micro-batch."""
+        return {}
+
+    def flops_per_batch(self, batch: dict[str, Tensor]) -> int:
+        """FLOPs of forward and backward of this rank's batch, as Composer's SpeedMonitor asks."""
+        forward = flops_per_image(self.dit.config, self.objective.mask_ratio, batch["y"].shape[1])
+        return STEP_PASSES * forward * len(batch["latents"])
+
+    def _draw(self, device: torch.device) -> Draws:
+        """The step's numbers, drawn once for all its micro-batches."""
+        if self._draws is None or self._draws[0] != self.step:
+            objective, config = self.objective, self.dit.config
+            draws = draw(
+                (objective.seed, objective.stage, self.step),
+                objective.batch_size,
+                (config.in_channels, config.input_size, config.input_size),
+                config.tokens,
+                objective.rows,
+                device,
+            )
+            self._draws = (self.step, draws)
+        return self._draws[1]
+
+
+def drop_captions(y: Tensor, y_mask: Tensor | None, drop: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Captions y (B, L, W) and their mask with those of `drop`, bool (B,), made empty.
+
+    An empty caption is what the sampler calls unconditional: all rows zero, of which a trimmed
+    batch attends to the first alone.
+    """
+    y = torch.where(drop[:, None, None], 0, y)
+    if y_mask is not None:
+        first = torch.arange(y_mask.shape[1], device=y.device) == 0
+        y_mask = torch.where(drop[:, None], first, y_mask)
+    return y, y_mask

@@ -1,0 +1,270 @@
+"""What can be known before anything heavy is imported: facts, sizes, and whether the shards fit.
+
+A run that cannot work says so here, in one line, within two seconds of its start.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import shlex
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pipeline.core import layout
+from pipeline.core.errors import SettingError
+from pipeline.core.manifest import (
+    LatentsManifest,
+    Manifest,
+    TextFacts,
+    TextManifest,
+    VaeFacts,
+    mismatches,
+    read_manifest,
+)
+from pipeline.core.store import Store
+from pipeline.encoders import text_facts, vae_facts
+from training.config import Config, Stage
+
+PATCH_SIZE = 2  # of every network of the paper
+UNREAD = ("revision", "weights_sha256", "dtype")  # facts that a table without weights cannot have
+
+
+M = TypeVar("M", bound=Manifest)
+
+
+class MissingData(SettingError):
+    """Groups or shards that a `pipeline run` command makes."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source's two column groups at one resolution, of the wanted split."""
+
+    name: str
+    latents_group: str
+    text_group: str
+    latents: LatentsManifest
+    text: TextManifest
+    samples: int
+    latent_bytes: int  # of all its samples, as stored
+    text_bytes: int  # of all its distinct captions
+    captions: int  # distinct ones, counted a shard
+
+    def command(self, config: Config) -> str:
+        return encode_command(config, self.name, self.latents.resolution)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config whose encoders, sizes and (where `data` is filled) shards are known to fit."""
+
+    config: Config
+    vae: VaeFacts
+    text: TextFacts
+    data: dict[str, list[Source]]  # stage -> its sources
+
+    def latent_side(self, stage: Stage) -> int:
+        return stage.resolution // self.vae.downsample
+
+    def patch_size(self) -> int:
+        return self.config.model.patch_size or PATCH_SIZE
+
+    def tokens(self, stage: Stage) -> int:
+        return (self.latent_side(stage) // self.patch_size()) ** 2
+
+    def network(self, stage: Stage) -> dict[str, Any]:
+        """Fields of DiTConfig that this run sets at this stage; the others are the arch's own."""
+        return {
+            **self.config.model.sizes(),
+            "input_size": self.latent_side(stage),
+            "in_channels": self.vae.channels,
+            "caption_width": self.text.width,
+            "caption_length": self.text.length,
+            "pos_interp_scale": stage.resolution / self.config.base_resolution(),
+        }
+
+
+def check(config: Config, need_data: bool = True) -> Plan:
+    """The facts behind a config, or why it cannot run.
+
+    Args:
+        need_data: missing shards are an error; otherwise they leave `Plan.data` empty.
+
+    Raises:
+        MissingData: a group or shard file is not there; the message says what makes it.
+        SettingError: settings that do not fit each other, or shards made with other settings.
+    """
+    plan = Plan(config, vae_facts(config.data.vae), text_facts(config.data.text_encoder), {})
+    for name, stage in config.stages.items():
+        _check_sizes(plan, name, stage)
+    try:
+        data = _find_data(plan)
+    except MissingData:
+        if need_data:
+            raise
+        data = {}
+    for name, sources in data.items():
+        _check_enough(config, name, sources)
+    return Plan(config, plan.vae, plan.text, data)
+
+
+def encode_command(config: Config, source: str, resolution: int) -> str:
+    """The command that makes the groups a run wants of one source."""
+    data = config.data
+    words = ["pipeline", "run", "encode", "--source", source]
+    if data.root != (os.environ.get(layout.ROOT_VARIABLE) or layout.DEFAULT_ROOT):
+        words += ["--root", data.root]
+    words += ["--vae", data.vae, "--text-encoder", data.text_encoder]
+    words += ["--resolutions", str(resolution), "--captions", data.captions, "--text", data.text]
+    return f"`{shlex.join(words)}`"
+
+
+def world_size() -> int:
+    """Ranks of this run, as the launcher says; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def _check_sizes(plan: Plan, name: str, stage: Stage) -> None:
+    unit = plan.vae.downsample * plan.patch_size()
+    if stage.resolution % unit:
+        raise SettingError(
+            f"stages.{name}.resolution={stage.resolution}: must be a multiple of {unit} "
+            f"(vae {plan.vae.name} downsamples by {plan.vae.downsample}, "
+            f"patch_size {plan.patch_size()})"
+        )
+    tokens = plan.tokens(stage)
+    if math.floor(tokens * (1 - stage.mask_ratio) + 1e-9) < 1:
+        raise SettingError(
+            f"stages.{name}.mask_ratio={stage.mask_ratio}: keeps none of {tokens} patches; "
+            f"at most {1 - 1 / tokens:g}"
+        )
+    if stage.batch_size % world_size():
+        raise SettingError(
+            f"stages.{name}.batch_size={stage.batch_size}: must be a multiple of the "
+            f"{world_size()} ranks"
+        )
+
+
+def _find_data(plan: Plan) -> dict[str, list[Source]]:
+    config = plan.config
+    store = Store(config.data.root)
+    found = functools.cache(functools.partial(_find_source, plan, store))
+    data = {
+        name: [found(source, stage.resolution) for source in config.sources_of(stage)]
+        for name, stage in config.stages.items()
+    }
+    # Sources may have been encoded at different times: the very same weights must have made them.
+    every = [source for sources in data.values() for source in sources]
+    for source in every[1:]:
+        first = every[0]
+        for kind in ("vae", "text_encoder"):
+            a, b = (getattr(s.latents if kind == "vae" else s.text, kind) for s in (first, source))
+            differences = mismatches(a, b, ignore=("dtype",))
+            if differences:
+                raise SettingError(
+                    f"data.sources: {first.name} and {source.name} were encoded by different "
+                    f"{kind}s ({'; '.join(differences)}); run {source.command(config)} --stale"
+                )
+    return data
+
+
+def _find_source(plan: Plan, store: Store, name: str, resolution: int) -> Source:
+    data = plan.config.data
+    command = encode_command(plan.config, name, resolution)
+    latents_group = layout.latents_group(name, data.vae, resolution)
+    text_group = layout.text_group(name, data.text_encoder, data.captions, data.text)
+    latents = _manifest(store, latents_group, LatentsManifest, command)
+    text = _manifest(store, text_group, TextManifest, command)
+    differences = [
+        *(f"vae {line}" for line in mismatches(plan.vae, latents.vae, UNREAD)),
+        *(f"text encoder {line}" for line in mismatches(plan.text, text.text_encoder, UNREAD)),
+        *_differs("resolution", resolution, latents.resolution),
+        *_differs("text", data.text, text.text),
+        *_differs("captions", data.captions, text.captions),
+    ]
+    if differences:
+        raise SettingError(
+            f"{name}: the shards under {store.url(name)} do not fit the YAML "
+            f"({'; '.join(differences)}); run {command} --stale, or change the YAML"
+        )
+    pictures = _shards(store, latents_group, data.split, command)
+    captions = _shards(store, text_group, data.split, command)
+    lost = sorted(pictures.keys() - captions.keys())
+    if lost:
+        raise MissingData(
+            f"{name}: {len(lost)} of {len(pictures)} shards have latents but no captions in "
+            f"{store.url(text_group)} (first: {lost[0]}); run {command}"
+        )
+    if not pictures:
+        raise MissingData(
+            f"{name}: no shard of split {data.split} in {store.url(latents_group)} "
+            f"(splits there: {', '.join(latents.splits) or 'none'})"
+        )
+    return Source(
+        name,
+        latents_group,
+        text_group,
+        latents,
+        text,
+        samples=sum(entry["samples"] for entry in pictures.values()),
+        latent_bytes=sum(entry["raw_data"]["bytes"] for entry in pictures.values()),
+        text_bytes=sum(captions[shard]["raw_data"]["bytes"] for shard in pictures),
+        captions=sum(captions[shard]["samples"] for shard in pictures),
+    )
+
+
+def _manifest(store: Store, group: str, kind: type[M], command: str) -> M:
+    try:
+        manifest = read_manifest(store, group)
+    except FileNotFoundError as error:
+        raise MissingData(f"no shards at {store.url(group)}; run {command}") from error
+    if not isinstance(manifest, kind):
+        raise SettingError(f"{store.url(group)}: its manifest is of kind {manifest.kind}")
+    return manifest
+
+
+def _shards(store: Store, group: str, split: str, command: str) -> dict[str, dict[str, Any]]:
+    """Input shard -> its entry in the group's index, for the wanted split; files are there."""
+    path = f"{group}/index.json"
+    try:
+        index = store.read_json(path)
+    except FileNotFoundError as error:
+        raise MissingData(f"no index at {store.url(path)}; run {command}") from error
+    except json.JSONDecodeError as error:
+        raise SettingError(f"{store.url(path)}: not JSON ({error}); run {command}") from error
+    if len(index.get("inputs", ())) != len(index["shards"]):
+        raise SettingError(
+            f'{store.url(path)}: has no "inputs" beside its shards, so splits and captions cannot '
+            f"be told; it was not written by `pipeline run`"
+        )
+    wanted = {
+        record["shard"]: entry
+        for entry, record in zip(index["shards"], index["inputs"], strict=True)
+        if record["split"] == split
+    }
+    if store.local:
+        there = set(store.names(group))
+        names = [entry["raw_data"]["basename"] for entry in wanted.values()]
+        gone = [name for name in names if name not in there]
+        if gone:
+            raise MissingData(
+                f"{len(gone)} of {len(names)} shard files are missing from {store.url(group)} "
+                f"(first: {gone[0]}); copy them there, or run {command}"
+            )
+    return wanted
+
+
+def _check_enough(config: Config, name: str, sources: list[Source]) -> None:
+    samples, batch = sum(s.samples for s in sources), config.stages[name].batch_size
+    if samples < batch:
+        raise SettingError(
+            f"stages.{name}.batch_size={batch}: the {config.data.split} split has only "
+            f"{samples} samples; give at most that"
+        )
+
+
+def _differs(name: str, expected: object, found: object) -> list[str]:
+    return [] if expected == found else [f"{name}: expected {expected}, found {found}"]

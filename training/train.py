@@ -1,0 +1,79 @@
+"""Train a MicroDiT from cached latents: `composer training/train.py FILE.yaml [key.sub=value …]`.
+
+`python training/train.py …` does the same on one process. `dry_run=true` prints the resolved
+settings and the costs. Everything that can be wrong with the settings or the shards is said before
+torch is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if sys.path and os.path.basename(sys.path[0]) == "training":
+    # A script's own folder comes first on the path; there, files of this package would stand in for
+    # modules of the same name. Its parent is what belongs there.
+    sys.path[0] = os.path.dirname(sys.path[0])
+
+from pipeline.core.errors import SettingError
+from training import folder
+from training.config import load
+from training.preflight import check
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0, or 2 after a line on standard error that says what to change."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0 if arguments else 2
+    try:
+        config = load(arguments)
+        plan = check(config, need_data=not config.dry_run)
+        if config.dry_run:
+            from training.estimate import report
+
+            if _first_rank():
+                print(report(plan))
+            return 0
+        folder.check(plan)
+        if folder.unfinished(plan):
+            _quiet_imports()
+            from training.assemble import run
+
+            run(plan)
+        if _first_rank():
+            where = config.run_folder()
+            print(f"{where} is finished; see python -m training.generate --checkpoint {where}")
+        return 0
+    except SettingError as error:
+        if _first_rank():
+            for line in _message(error).splitlines():
+                print(f"train: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("train: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+def _message(error: SettingError) -> str:
+    """The error's own lines; torch wraps an error of a loader process in its traceback."""
+    text = str(error)
+    if "Original Traceback" in text:
+        text = text.rstrip().splitlines()[-1].partition("SettingError: ")[2]
+    return text
+
+
+def _first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _quiet_imports() -> None:
+    """Warnings of Composer's and its dependencies' own imports, about which nobody here can act."""
+    import warnings
+
+    for module in ("composer", "torch", "torchmetrics", "streaming", "mcli", "google"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,152 @@
+"""Weights as safetensors with their passport: a file alone says how to generate with it.
+
+The tensors have the names and shapes of the released checkpoints. The passport is JSON under the
+metadata key "microdit".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.core.errors import SettingError
+from pipeline.core.manifest import LatentsManifest, TextFacts, TextManifest, VaeFacts
+from training.denoiser import EDM
+from training.dit import DiTConfig, MicroDiT
+
+METADATA_KEY = "microdit"
+SCHEMA = 1
+
+#: Source -> what has to be said wherever pictures of its kind, or weights trained on it, appear.
+ATTRIBUTIONS = {
+    "openmoji": "Trained on pictures of OpenMoji (openmoji.org), CC BY-SA 4.0",
+}
+
+
+class Passport(BaseModel):
+    """What made the weights, and what they need to make a picture."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = SCHEMA
+    run: str
+    stage: str
+    step: int  # of the stage
+    weights: Literal["ema", "live"]
+    ema: float | None  # decay a step
+    model: dict[str, Any]  # fields of DiTConfig
+    edm: dict[str, float]  # fields of EDM
+    resolution: int  # side of the pictures, pixels
+    vae: VaeFacts
+    text_encoder: TextFacts
+    text: str  # "full" or "trimmed": how captions are attended
+    captions: str
+    latents_manifests: dict[str, LatentsManifest]  # by source
+    text_manifests: dict[str, TextManifest]
+    attribution: list[str]
+    config: dict[str, Any]  # the run's resolved settings
+
+    def network(self) -> DiTConfig:
+        return DiTConfig(**self.model)
+
+    def noise(self) -> EDM:
+        return EDM(**self.edm)
+
+
+def save(path: Path, network: MicroDiT, averaged: dict[str, Tensor], passport: Passport) -> None:
+    """Writes the file whole under its name, or not at all.
+
+    Args:
+        averaged: replaces the network's own parameters of these names.
+    """
+    tensors = {
+        name: averaged.get(name, value).cpu().contiguous()
+        for name, value in network.state_dict().items()  # detached
+    }
+    part = path.with_name(f".{path.name}.part")
+    try:
+        save_file(tensors, part, {METADATA_KEY: passport.model_dump_json()})
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_passport(path: Path) -> Passport:
+    """The passport of a weights file.
+
+    Raises:
+        SettingError: no such file, no safetensors, or no passport of this version in it.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except OSError as error:
+        raise SettingError(f"{path}: no such file") from error
+    except SafetensorError as error:
+        raise SettingError(f"{path}: no safetensors file, or a truncated one ({error})") from error
+    if METADATA_KEY not in metadata:
+        raise SettingError(f"{path}: no passport in it; was it written by training/train.py?")
+    record = json.loads(metadata[METADATA_KEY])
+    if record.get("schema_version", 0) > SCHEMA:
+        raise SettingError(
+            f"{path}: passport of schema {record['schema_version']}, this version reads up to "
+            f"{SCHEMA}; upgrade the package"
+        )
+    try:
+        return Passport.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise SettingError(f"{path}: broken passport ({where}: {first['msg']})") from error
+
+
+def load(path: Path, device: str = "cpu") -> tuple[MicroDiT, Passport]:
+    """The network in eval mode, and its passport.
+
+    Raises:
+        SettingError: as `read_passport`, or tensors that do not fit the passport's network.
+    """
+    passport = read_passport(path)
+    tensors = load_file(path, device)
+    with torch.device("meta"):
+        network = MicroDiT(passport.network())
+    try:
+        network.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise SettingError(f"{path}: {' '.join(str(error).split())[:300]}") from error
+    return network.eval().requires_grad_(False), passport
+
+
+def attributions(sources: list[str]) -> list[str]:
+    """What has to be said of weights trained on these sources."""
+    return [ATTRIBUTIONS[source] for source in sources if source in ATTRIBUTIONS]
+
+
+def find(checkpoint: str) -> Path:
+    """The weights file of a run's folder, or the file itself.
+
+    Raises:
+        SettingError: nothing there.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise SettingError(
+            f"checkpoint {checkpoint}: no file {path}; a run writes it at the end of each stage"
+        )
+    return path
+
+
+def facts(network: MicroDiT, edm: EDM) -> dict[str, Any]:
+    """The passport's entries for a network and its noise levels."""
+    return {"model": dataclasses.asdict(network.config), "edm": dataclasses.asdict(edm)}
