@@ -1,4 +1,4 @@
-"""A captioner without weights: names the dominant colours of a picture. For the demo and the tests."""
+"""A captioner without weights: names a picture's dominant colours. For the demo and the tests."""
 
 from __future__ import annotations
 

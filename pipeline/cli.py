@@ -1,4 +1,4 @@
-"""`pipeline run|status|fetch`: the command line. Imports nothing heavy before a command needs it."""
+"""`pipeline run|status|fetch`: the command line. Imports what is heavy where it is used."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
+import typer.core
 
 from pipeline.core.errors import SettingError, nearest
 
@@ -162,7 +163,7 @@ def fetch(name: Annotated[str, typer.Argument(help="A VAE or text encoder, e.g. 
     from pipeline.encoders import TEXT_ENCODERS, VAES, locate_text, locate_vae
     from pipeline.encoders.hub import fetch as fetch_repo
 
-    if name in VAES or name not in TEXT_ENCODERS and name.count("/") == 1:
+    if name in VAES or (name not in TEXT_ENCODERS and name.count("/") == 1):
         repo, subfolder = locate_vae(name)
     elif name in TEXT_ENCODERS:
         repo, subfolder = locate_text(name).split(":", 1)[1], ""

@@ -58,8 +58,8 @@ class Progress:
             rate = report.samples / report.seconds if report.seconds else 0.0
             left = f", {(total - done) * report.seconds / done:.0f} s left" if done else ""
             print(
-                f"{self.title}: {done}/{total} shards, {report.samples} samples, {rejects} rejects, "
-                f"{rate:.0f} samples/s{left}",
+                f"{self.title}: {done}/{total} shards, {report.samples} samples, "
+                f"{rejects} rejects, {rate:.0f} samples/s{left}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -2,7 +2,7 @@
 
 The driver holds a bounded window of jobs, one in flight for each worker; a worker is an actor that
 loads weights once and commits each shard itself, so nothing but counts travels through Ray. A
-worker that dies costs its shard a retry; a shard that keeps failing is reported and the run goes on.
+worker that dies costs its shard a retry; a shard that keeps failing is reported, the run goes on.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _execute(
     stage: Stage, root: str, jobs: list[Job], workers: int | None, address: str | None
 ) -> Iterator[tuple[Job, dict[str, Commit] | str]]:
     """(job, its commits or an error text) as they finish."""
-    ray = _start(workers, address)
+    ray: Any = _start(workers, address)
     try:
         cpus = int(ray.cluster_resources().get("CPU", 1))
         count = max(1, min(workers or cpus, len(jobs)))
@@ -174,6 +174,7 @@ def _start(workers: int | None, address: str | None):
     import logging
 
     import ray
+    import ray.exceptions
 
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is not None:

@@ -7,11 +7,12 @@ an interrupted run cannot differ from an uninterrupted one.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from composer import DataSpec, Trainer
+from composer import Callback, DataSpec, Trainer
 from composer.utils import dist, get_device
 
 from pipeline.core.errors import SettingError
@@ -32,8 +33,11 @@ from training.progress import Progress
 from training.randomness import keyed_seed
 
 
-def run(plan: Plan) -> None:
+def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
     """Trains every stage that is not finished.
+
+    Args:
+        callbacks: further ones, for every stage, after the trainer's own.
 
     Raises:
         SettingError: a checkpoint cannot be read or written, a picture has no caption, or the loss
@@ -46,13 +50,15 @@ def run(plan: Plan) -> None:
     for name, stage in plan.config.stages.items():
         path = folder.stage_folder(plan, name)
         if name in left:
-            _run_stage(plan, name, path, before)
+            _run_stage(plan, name, path, before, callbacks)
         else:
             _say(f"stage {name}: finished before, not run again")
         before = path.checkpoint(stage.steps)
 
 
-def _run_stage(plan: Plan, name: str, path: StageFolder, before: Path | None) -> None:
+def _run_stage(
+    plan: Plan, name: str, path: StageFolder, before: Path | None, callbacks: Sequence[Callback]
+) -> None:
     """One stage with its own loader, schedule and Trainer: from its own latest checkpoint, or from
     the stage before, or from nothing."""
     config, stage = plan.config, plan.config.stages[name]
@@ -63,7 +69,7 @@ def _run_stage(plan: Plan, name: str, path: StageFolder, before: Path | None) ->
     model = DiffusionModel(_network(plan, name, start, resume), _objective(plan, name))
     average = start.average if start else None
     ema = EMA(model.dit, stage.ema, stage.ema_start, average)
-    trainer = _trainer(plan, name, path, model, ema, resume)
+    trainer = _trainer(plan, name, path, model, [ema, *callbacks], resume)
     if start is not None and stage.keep_moments:
         start.restore_moments(trainer.state)
     done = trainer.state.timestamp.batch.value
@@ -115,7 +121,7 @@ def _trainer(
     name: str,
     path: StageFolder,
     model: DiffusionModel,
-    ema: EMA,
+    callbacks: Sequence[Callback],
     resume: Path | None,
 ) -> Trainer:
     config, stage = plan.config, plan.config.stages[name]
@@ -139,9 +145,9 @@ def _trainer(
                 StepFunctions(model, stage),
                 ClipGradients(stage.clip),
                 StopAtNaN(name),
-                ema,
                 SaveCheckpoints(path, stage, config.checkpoint.keep),
                 Progress(name, stage.steps, config.logging.every),
+                *callbacks,
             ],
             loggers=_loggers(config, path.path),
             run_name=f"{config.name}-{name}",

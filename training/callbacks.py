@@ -74,12 +74,16 @@ class SaveCheckpoints(Callback):
         self._stage = stage
         self._keep = keep
 
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() == 0:
+            self._folder.remove_parts()
+
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value
         if step % self._stage.save_every and step != self._stage.steps:
             return
         path = self._folder.checkpoint(step)
-        part = path.with_name(f".{path.name}.part")
+        part = self._folder.part(step)
         try:
             # Nothing of ours depends on the global generators that "rng" holds.
             save_checkpoint(state, str(part), ignore_keys=["rng"])

@@ -50,6 +50,15 @@ class StageFolder:
     def checkpoint(self, step: int) -> Path:
         return self.path / f"step-{step:08d}.pt"
 
+    def part(self, step: int) -> Path:
+        """A checkpoint in the making; Composer reads compression out of other endings than .pt."""
+        return self.path / f".step-{step:08d}.part.pt"
+
+    def remove_parts(self) -> None:
+        """What a killed run left half-written."""
+        for path in self.path.glob(".*.part*"):
+            path.unlink()
+
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
         return sorted(self.path.glob("step-*.pt"))

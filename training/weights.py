@@ -68,13 +68,12 @@ def save(path: Path, network: MicroDiT, averaged: dict[str, Tensor], passport: P
     Args:
         averaged: replaces the network's own parameters of these names.
     """
-    tensors = {
-        name: averaged.get(name, value).cpu().contiguous()
-        for name, value in network.state_dict().items()  # detached
-    }
+    state = {**network.state_dict(), **averaged}  # detached
+    tensors = {name: value.cpu().contiguous() for name, value in state.items()}
     part = path.with_name(f".{path.name}.part")
     try:
         save_file(tensors, part, {METADATA_KEY: passport.model_dump_json()})
+        part.chmod(0o644)  # safetensors gives the owner alone access
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -1,1 +1,1 @@
-"""The contract between the stages, and between the pipeline and training. Imports nothing else of ours."""
+"""The contract: between the stages, and with training. Imports nothing else of ours."""

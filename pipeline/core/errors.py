@@ -1,4 +1,4 @@
-"""Errors that a person caused and can mend: one line that names the setting, its value and the remedy."""
+"""Errors that a person can mend: one line that names the setting, its value and the remedy."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from pipeline.core.store import Store
 def publish(store: Store, group: str, manifest: Manifest) -> None:
     """Writes manifest.json, then index.json, over every committed shard.
 
-    index.json carries, under "inputs", one record for each of its shards: the input shard, its split
-    and, in text groups, the parquet that maps keys to rows.
+    index.json carries, under "inputs", one record for each of its shards: the input shard, its
+    split and, in text groups, the parquet that maps keys to rows.
     """
     commits = [c for c in read_commits(store, group).values() if c.index is not None]
     splits: dict[str, int] = {}

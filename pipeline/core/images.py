@@ -12,7 +12,7 @@ MAX_PIXELS = 120_000_000  # larger headers are refused before a pixel is decoded
 
 
 class BadPicture(Exception):
-    """A picture that cannot be used: `reason` groups it in summaries, the message says what happened."""
+    """A picture that cannot be used: `reason` groups it, the message says what happened."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -65,4 +65,5 @@ def fit(image: Image.Image, resolution: int, crop: str = "center") -> np.ndarray
         size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
         image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
-    return np.asarray(image.crop((left, top, left + resolution, top + resolution)))
+    # A copy: torch warns of Pillow's read-only buffers.
+    return np.array(image.crop((left, top, left + resolution, top + resolution)))

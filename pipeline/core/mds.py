@@ -1,9 +1,9 @@
 """MDS shards and indexes, written directly: bytes in, bytes out, no clock, no state.
 
 mosaicml-streaming's own writer publishes its index once, at the end, and in place; a kill before
-that loses everything. Here a shard is a value: `encode_shard` returns its bytes and its index entry,
-and the caller commits both. Layout: streaming 0.13, format version 2 (the library is the oracle in
-tests/pipeline/test_mds.py).
+that loses everything. Here a shard is a value: `encode_shard` returns its bytes and its index
+entry, and the caller commits both. Layout: streaming 0.13, format version 2; the library is the
+oracle in tests/pipeline/test_mds.py.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def encode_shard(
 
 
 def index(entries: list[dict[str, Any]], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """index.json over shard entries; `extra` becomes top-level keys, which readers of MDS ignore."""
+    """index.json over shard entries; `extra` becomes top-level keys, which MDS readers ignore."""
     return {"version": 2, "shards": entries, **extra}
 
 

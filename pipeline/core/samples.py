@@ -1,4 +1,4 @@
-"""The data flow as types: InputShard -> ImageRef -> ImageSample -> latents, or a Reject on the way."""
+"""The data flow as types: InputShard -> ImageRef -> ImageSample -> latents, or a Reject."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ImageSample:
 
 @dataclass(frozen=True)
 class Reject:
-    """A sample that was left out, and why. Rejects are written, counted and shown, never dropped."""
+    """A sample that was left out, and why. Rejects are written, counted and shown."""
 
     key: str
     stage: str

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.errors import SettingError, nearest
 from pipeline.core.manifest import TextFacts, VaeFacts
@@ -32,11 +33,11 @@ TEXT_ENCODERS: dict[str, str] = {
 }
 
 #: Facts of the encoders whose configs are not in the package (facts of the hub's config files).
-_KNOWN_VAES = {
+_KNOWN_VAES: dict[str, dict[str, Any]] = {
     "sdxl": {"channels": 4, "downsample": 8, "scale": 0.13025, "shift": 0.0},
     "ostris16": {"channels": 16, "downsample": 8, "scale": 0.24447420268654824, "shift": 0.0},
 }
-_KNOWN_TEXT = {"dfn5b-h14": {"width": 1024, "length": 77}}
+_KNOWN_TEXT: dict[str, dict[str, Any]] = {"dfn5b-h14": {"width": 1024, "length": 77}}
 
 
 def vae_facts(name: str) -> VaeFacts:

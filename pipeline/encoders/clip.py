@@ -1,6 +1,8 @@
-"""Captions -> token vectors through an open_clip text tower; the whole CLIP where a judge needs it."""
+"""Captions -> token vectors through an open_clip text tower; the whole CLIP for a judge."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -14,7 +16,7 @@ from pipeline.encoders import find_text
 class TextEncoder:
     """An open_clip model with its tokenizer and facts."""
 
-    def __init__(self, model: torch.nn.Module, tokenizer, facts: TextFacts) -> None:
+    def __init__(self, model: Any, tokenizer: Any, facts: TextFacts) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.facts = facts

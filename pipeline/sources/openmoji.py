@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Iterator
 from importlib.resources import files
 from itertools import product
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -61,8 +62,8 @@ class OpenMoji(BaseModel):
 
     glyphs: str = "starter"  # "starter" (64), "all" (about 3,950), or names separated by ";"
     backgrounds: str = ",".join(BACKGROUNDS)
-    size: int = Field(128, ge=8, le=4096)  # side of the rendered picture, pixels
-    samples_per_shard: int = Field(64, ge=1, le=9999)
+    size: Annotated[int, Field(ge=8, le=4096)] = 128  # side of the rendered picture, pixels
+    samples_per_shard: Annotated[int, Field(ge=1, le=9999)] = 64
 
     def shards(self) -> list[InputShard]:
         """Input shards in a fixed order: all training shards, then the held-out ones."""

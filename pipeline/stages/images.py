@@ -1,4 +1,4 @@
-"""The images group: how downloaded pictures are written and read back (img2dataset's convention)."""
+"""The images group: how pictures are written and read back (img2dataset's convention)."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from pipeline.sources.openmoji import STARTER, codes, render
 def glyph_split(name: str) -> str:
     """ "test" for one glyph in sixteen: never seen in training, what the reported scores are on.
 
-    The demo's glyphs are always "train": its judge has to know them (on their training backgrounds).
+    The demo's glyphs are always "train": its judge has to know them, on their training pairs.
     """
     if name in STARTER:
         return "train"

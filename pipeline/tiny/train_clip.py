@@ -5,8 +5,8 @@
 
 An open_clip CLIP (ViT image tower, causal text tower) with a byte-level BPE of 2,048 tokens trained
 on the same captions. Data: about 3,700 OpenMoji composited on the source's backgrounds with small
-shifts, blur and noise; half of every batch are the demo's 64 glyphs. Pairs that the source holds out
-(`split_of`) are never drawn. Loss: symmetric cross-entropy over the batch (Radford et al. 2021,
+shifts, blur and noise; half of every batch are the demo's 64 glyphs. Pairs that the source holds
+out (`split_of`) are never drawn. Loss: symmetric cross-entropy over the batch (Radford et al. 2021,
 arXiv 2103.00020, Fig. 3), equal captions counted as one.
 """
 
@@ -17,6 +17,7 @@ import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -61,7 +62,7 @@ MODEL = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--batch", type=int, default=160)
@@ -81,7 +82,7 @@ def main() -> None:
     (args.out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     folder = f"local-dir:{args.out}"
     tokenizer = open_clip.get_tokenizer(folder)
-    model = open_clip.create_model(folder, load_weights=False)
+    model: Any = open_clip.create_model(folder, load_weights=False)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, {len(names['train'])} glyphs, {args.steps} steps")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1)
@@ -134,7 +135,7 @@ def main() -> None:
 
 
 def write_tokenizer(names: list[str], folder: Path) -> None:
-    """A byte-level BPE (no caption is out of vocabulary); end-of-text has the highest id, as CLIP needs."""
+    """A byte-level BPE: any caption can be read; end-of-text has the highest id (CLIP's rule)."""
     corpus = [caption(n, b) for n in names for b in BACKGROUNDS]
     corpus += [f"mostly {b}, with {b}, black, brown, pink and {b}" for b in BACKGROUNDS] * 50
     tokenizer = Tokenizer(models.BPE())
@@ -165,7 +166,7 @@ def write_tokenizer(names: list[str], folder: Path) -> None:
 
 
 def draw_pairs(names: list[str], count: int) -> list[tuple[str, str]]:
-    """`count` training pairs; each glyph comes twice, on two backgrounds, so the background matters."""
+    """`count` training pairs; each glyph comes on two backgrounds, so the background matters."""
     pairs: list[tuple[str, str]] = []
     for i in range(count // 2):
         glyph = random.choice(STARTER if i % 2 else names)
@@ -175,13 +176,13 @@ def draw_pairs(names: list[str], count: int) -> list[tuple[str, str]]:
 
 
 def augment(rgba: torch.Tensor, backgrounds: list[str]) -> torch.Tensor:
-    """(B, 64, 64, 4) uint8 -> (B, 3, 64, 64) in [-1, 1]: small shifts, blur, noise, colour jitter."""
+    """(B, 64, 64, 4) uint8 -> (B, 3, 64, 64) in [-1, 1]: shifted, blurred, noisy, jittered."""
     shift = torch.randint(-4, 5, (2,)).tolist()
     rgba = torch.roll(rgba, shift, (1, 2))
     colours = torch.tensor([BACKGROUNDS[b] for b in backgrounds], dtype=torch.float32)
     x = composite(rgba, (colours + 8 * torch.randn_like(colours)).clamp(0, 255))
     if random.random() < 0.5:
-        x = gaussian_blur(x, 5, random.uniform(0.4, 1.5))
+        x = gaussian_blur(x, [5, 5], [random.uniform(0.4, 1.5)] * 2)
     return x + torch.randn_like(x) * random.uniform(0, 0.15)
 
 

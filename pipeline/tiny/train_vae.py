@@ -14,10 +14,11 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from pipeline.sources.openmoji import BACKGROUNDS
 from pipeline.tiny.pictures import all_names, composite, glyph_split, sheet
@@ -26,7 +27,7 @@ SIZE, CROP = 128, 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--channels", type=int, choices=(4, 16), required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2600)
@@ -37,16 +38,17 @@ def main() -> None:
     torch.manual_seed(args.seed)
     names = {s: [n for n in all_names() if glyph_split(n) == s] for s in ("train", "test")}
     pictures = {s: sheet(names[s], SIZE) for s in names}
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32, 64, 64),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=8,
-        latent_channels=args.channels,
-        mid_block_add_attention=False,
-        sample_size=SIZE,
-    )
+    architecture: dict[str, Any] = {
+        "block_out_channels": (16, 32, 64, 64),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "latent_channels": args.channels,
+        "mid_block_add_attention": False,
+        "sample_size": SIZE,
+    }
+    vae: Any = AutoencoderKL(**architecture)
     parameters = sum(p.numel() for p in vae.parameters())
     print(f"{parameters:,} parameters, {len(names['train'])} glyphs, {args.steps} steps")
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-3)
@@ -58,8 +60,8 @@ def main() -> None:
         x = crops(pictures["train"], args.batch)
         # bfloat16 convolutions are 1.5x faster where the CPU has them; the loss stays float32.
         with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(x).latent_dist
-            y = vae.decode(posterior.sample()).sample
+            posterior = vae.encode(x, return_dict=False)[0]
+            y = vae.decode(posterior.sample(), return_dict=False)[0]
         y = y.float()
         kl = -0.5 * (1 + posterior.logvar - posterior.mean**2 - posterior.logvar.exp()).mean()
         loss = F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + 5e-4 * kl
@@ -114,27 +116,28 @@ def random_backgrounds(batch: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
-    """Mean PSNR (dB, 8-bit scale) of whole pictures through the posterior mean, named backgrounds."""
+def psnr(vae: Any, pictures: torch.Tensor) -> float:
+    """Mean PSNR (dB, 8-bit scale) of whole pictures through the posterior mean."""
     named = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32)
     values = []
     for start in range(0, len(pictures), 16):
         part = pictures[start : start + 16]
         x = composite(part, named[(torch.arange(len(part)) + start) % len(named)])
-        y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+        posterior = vae.encode(x, return_dict=False)[0]
+        y = vae.decode(posterior.mean, return_dict=False)[0].clamp(-1, 1)
         mse = ((y - x) ** 2).mean((1, 2, 3)) / 4
         values.append(-10 * mse.log10())
     return torch.cat(values).mean().item()
 
 
 @torch.no_grad()
-def statistics(vae: AutoencoderKL, pictures: torch.Tensor) -> tuple[float, float]:
+def statistics(vae: Any, pictures: torch.Tensor) -> tuple[float, float]:
     """Mean and standard deviation of the latents of whole pictures."""
     latents = []
     for start in range(0, len(pictures), 16):
         part = pictures[start : start + 16]
         x = composite(part, random_backgrounds(len(part)))
-        latents.append(vae.encode(x).latent_dist.mean)
+        latents.append(vae.encode(x, return_dict=False)[0].mean)
     z = torch.cat(latents)
     return z.mean().item(), z.std().item()
 

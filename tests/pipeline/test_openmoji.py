@@ -12,7 +12,10 @@ from pipeline.sources.openmoji import BACKGROUNDS, STARTER, OpenMoji, caption, c
 
 def test_the_default_set_is_64_glyphs_on_8_backgrounds_with_one_pair_each_held_out():
     shards = OpenMoji().shards()
-    pairs = {s: [p for shard in shards if shard.split == s for p in shard.spec] for s in ("train", "heldout")}
+    pairs = {
+        s: [p for shard in shards if shard.split == s for p in shard.spec]
+        for s in ("train", "heldout")
+    }
     assert len(set(STARTER)) == 64
     assert len(pairs["train"]) == 64 * 7
     assert len(pairs["heldout"]) == 64

@@ -1,0 +1,41 @@
+"""Small data roots for tests, made in process (no Ray)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.groups import publish
+from pipeline.core.store import Store
+from pipeline.runner import plan
+from pipeline.sources.openmoji import OpenMoji
+from pipeline.stages import Stage
+
+SETTINGS = OpenMoji(glyphs="avocado;rocket;red heart", backgrounds="blue,red", size=64)
+
+
+def run_here(stage: Stage, store: Store) -> int:
+    """Runs what a stage has left, in this process; how many shards that was."""
+    todo = plan(stage, store)
+    work = stage.open(store)
+    for job in todo.jobs:
+        work(job)
+    for group in todo.groups:
+        manifest = stage.manifest(group)
+        if manifest is not None:
+            publish(store, group, manifest)
+    return len(todo.jobs)
+
+
+def mds_rows(store: Store, group: str) -> list[dict[str, Any]]:
+    """Every sample of a group, read by the streaming library."""
+    from streaming import LocalDataset
+
+    dataset = LocalDataset(store.url(group))
+    return [dataset[i] for i in range(len(dataset))]
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """Every file below a folder whose bytes must not depend on how it was made."""
+    files = (p for p in root.rglob("*") if p.is_file() and not p.name.endswith("_stats.json"))
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}

@@ -1,0 +1,49 @@
+"""The demo line in small: every command of infra/demo.sh, a short training, a finished sheet."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_demos_commands_run_end_to_end_with_few_steps(tmp_path):
+    script = (ROOT / "infra/demo.sh").read_text().replace("\\\n", " ")
+    steps = [shlex.split(line)[1:] for line in re.findall(r"^step .*", script, re.MULTILINE)]
+    assert [step[:3] for step in steps[:3]] == [
+        ["pipeline", "run", "download"],
+        ["pipeline", "run", "caption"],
+        ["pipeline", "run", "encode"],
+    ]
+    (tmp_path / "yamls").symlink_to(ROOT / "yamls")
+    (tmp_path / "training").symlink_to(ROOT / "training")
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for step in steps:
+        if step[0] == "composer":
+            step += ["stages.masked.steps=4", "stages.full.steps=3"]
+        if "training.generate" in step or "training.scores" in step:
+            step += ["--steps", "3"]
+        if "training.scores" in step:
+            step += ["--count", "8"]
+        result = subprocess.run(
+            step, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, f"{step}\n{result.stdout}\n{result.stderr}"
+    scores = json.loads((tmp_path / "out/demo/scores.json").read_text())
+    assert set(scores["splits"]) == {"train", "heldout"}
+    for row in scores["splits"].values():
+        assert row["pictures"] == 8
+        assert row["real"] >= 0.75  # the judge knows the real pictures
+        assert 0 <= row["generated"] <= 1
+    for name in ("out/demo/train.png", "out/demo/heldout.png", "out/prompts/sheet.png"):
+        assert (tmp_path / name).stat().st_size > 10_000

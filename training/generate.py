@@ -1,0 +1,265 @@
+"""Pictures from prompts: `python -m training.generate --checkpoint RUN --prompts … --out DIR`.
+
+A checkpoint alone is enough: its passport names the VAE and the text encoder, and how captions are
+attended. Writes one PNG a prompt and sheet.png with all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core.errors import SettingError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+NAME_CHARACTERS = 60  # of a prompt in its picture's file name
+
+Report = Callable[[int, int], None]
+"""Called with (done, total)."""
+
+
+class Painter:
+    """A network with its VAE and text encoder, ready to paint.
+
+    Args:
+        checkpoint: a run's folder, or a safetensors file with a passport.
+        device: where the network runs, e.g. "cuda"; default: a GPU where there is one.
+
+    Raises:
+        SettingError: no such checkpoint, or encoders that are not those it was trained with.
+    """
+
+    def __init__(self, checkpoint: str, device: str = "") -> None:
+        import torch
+
+        from pipeline.core.manifest import mismatches
+        from pipeline.encoders import load_text, load_vae
+        from training import weights
+
+        path = weights.find(checkpoint)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.network, self.passport = weights.load(path, str(self.device))
+        self.vae = load_vae(self.passport.vae.name)
+        self.text = load_text(self.passport.text_encoder.name)
+        for kind, expected, found in (
+            ("vae", self.passport.vae, self.vae.facts),
+            ("text encoder", self.passport.text_encoder, self.text.facts),
+        ):
+            lines = mismatches(expected, found, ignore=("revision", "dtype"))
+            if lines:
+                raise SettingError(
+                    f"{path}: {kind} {expected.name} has changed: {'; '.join(lines)}"
+                )
+
+    def paint(
+        self,
+        prompts: Sequence[str],
+        guidance: float = 5.0,
+        steps: int = 30,
+        seed: int = 0,
+        batch_size: int = 16,
+        report: Report | None = None,
+    ) -> np.ndarray:
+        """One picture a prompt, uint8 (N, H, W, 3).
+
+        Picture i is a function of (seed, i, its prompt), whatever else is asked for.
+        """
+        import numpy as np
+        import torch
+
+        from pipeline.core.latents import to_raw
+        from training.sampler import sample
+
+        pictures = []
+        batches = [
+            range(i, min(i + batch_size, len(prompts))) for i in range(0, len(prompts), batch_size)
+        ]
+        for number, indexes in enumerate(batches):
+            y, y_mask = self.read([prompts[i] for i in indexes])
+
+            def progress(done: int, _: int, before: int = number * steps) -> None:
+                if report is not None:
+                    report(before + done, len(batches) * steps)
+
+            bf16 = self.device.type == "cuda"
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                latents = sample(
+                    self.network,
+                    self.passport.noise(),
+                    self._noise(seed, indexes),
+                    y,
+                    y_mask,
+                    steps=steps,
+                    guidance=guidance,
+                    progress=progress,
+                )
+            pictures.append(self.vae.decode(to_raw(latents, self.passport.vae)))
+        return np.concatenate(pictures)
+
+    def read(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Captions as training saw them: y (B, L, W), and in a trimmed model their mask (B, L)."""
+        import torch
+
+        tokens, lengths = self.text.encode(prompts)
+        tokens = tokens.half().float()  # shards store float16
+        if self.passport.text == "full":
+            return tokens.to(self.device), None
+        lengths = torch.as_tensor(lengths)
+        tokens = tokens[:, : int(lengths.max())]
+        y_mask = torch.arange(tokens.shape[1]) < lengths[:, None]
+        return (tokens * y_mask[..., None]).to(self.device), y_mask.to(self.device)
+
+    def _noise(self, seed: int, indexes: Sequence[int]) -> torch.Tensor:
+        import torch
+
+        from training.randomness import keyed_seed
+
+        config = self.network.config
+        shape = (config.in_channels, config.input_size, config.input_size)
+        noise = []
+        for index in indexes:
+            generator = torch.Generator().manual_seed(keyed_seed(seed, "picture", index))
+            noise.append(torch.randn(shape, generator=generator))
+        return torch.stack(noise).to(self.device)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 2 after a line on standard error that says what to change."""
+    options = _parser().parse_args(arguments)
+    try:
+        prompts = read_prompts(options.prompts)
+        for name in ("steps", "batch_size"):
+            if getattr(options, name) < 1:
+                raise SettingError(
+                    f"--{name.replace('_', '-')} {getattr(options, name)}: use 1 or more"
+                )
+        from training.weights import find, read_passport
+
+        read_passport(find(options.checkpoint))
+        painter = Painter(options.checkpoint, options.device)
+        report = _Progress()
+        pictures = painter.paint(
+            prompts, options.guidance, options.steps, options.seed, options.batch_size, report
+        )
+        report.close()
+        sheet = write(Path(options.out), prompts, pictures, painter.passport, vars(options))
+    except SettingError as error:
+        print(f"generate: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(prompts)} pictures, all on {sheet}")
+    return 0
+
+
+def read_prompts(arguments: Sequence[str]) -> list[str]:
+    """Texts as they are; an argument that is a file gives a prompt a line.
+
+    Raises:
+        SettingError: nothing is left, or a file that is no text.
+    """
+    prompts: list[str] = []
+    for argument in arguments:
+        path = Path(argument)
+        try:
+            lines = path.read_text("utf-8").splitlines() if _is_file(path) else [argument]
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingError(f"--prompts {argument}: cannot be read as text ({error})") from error
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise SettingError("--prompts: give texts, or a file with one a line")
+    return prompts
+
+
+def write(
+    out: Path,
+    prompts: Sequence[str],
+    pictures: np.ndarray,
+    passport: Any,
+    options: dict[str, Any],
+) -> Path:
+    """One PNG a prompt, with what made it in its text fields, and the contact sheet; its path."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    from training.sheet import contact_sheet
+
+    out.mkdir(parents=True, exist_ok=True)
+    footer = "; ".join(passport.attribution)
+    for index, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+        info = PngInfo()
+        info.add_itxt("prompt", prompt)
+        for name in ("guidance", "steps", "seed"):
+            info.add_text(name, str(options[name]))
+        info.add_text("index", str(index))
+        info.add_text("model", f"{passport.run}, stage {passport.stage}, step {passport.step}")
+        if footer:
+            info.add_itxt("attribution", footer)
+        Image.fromarray(picture).save(out / f"{index:04d}-{_slug(prompt)}.png", pnginfo=info)
+    sheet = out / "sheet.png"
+    cells = [(prompt, [picture]) for prompt, picture in zip(prompts, pictures, strict=True)]
+    contact_sheet(cells, footer=footer).save(sheet)
+    return sheet
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.generate", description="Pictures from prompts."
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a run's folder, or a .safetensors file of one")
+    add("--prompts", required=True, nargs="+", help="texts, or files with one a line")
+    add("--out", required=True, help="folder for the pictures and sheet.png")
+    add("--guidance", type=float, default=5.0, help="1: none; the paper's default is 5")
+    add("--steps", type=int, default=30, help="Heun steps (2 N - 1 network evaluations)")
+    add("--seed", type=int, default=0, help="picture i is a function of (seed, i)")
+    add("--batch-size", type=int, default=16)
+    add("--device", default="", help="e.g. cuda or cpu; default: a GPU where there is one")
+    return parser
+
+
+class _Progress:
+    """A bar on a terminal, else a line every ten seconds."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._bar = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            if self._bar is None:
+                from rich.console import Console
+                from rich.progress import Progress
+
+                self._bar = Progress(console=Console(stderr=True), auto_refresh=False)
+                self._bar.start()
+                self._task = self._bar.add_task("painting", total=total)
+            self._bar.update(self._task, completed=done, refresh=True)
+        elif time.monotonic() - self._last > 10:
+            self._last = time.monotonic()
+            print(f"painting {done}/{total} steps", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a prompt that is too long for a file name
+        return False
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:NAME_CHARACTERS].strip("-") or "picture"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
