@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 import typer.core
 
@@ -21,9 +20,9 @@ class Commands(typer.core.TyperGroup):
 
     def resolve_command(self, ctx, args):
         if args and args[0] not in self.commands:
-            known = ", ".join(self.commands)
-            raise click.UsageError(
-                f"unknown command {args[0]!r}{nearest(args[0], self.commands)}; known: {known}"
+            raise SettingError(
+                f"unknown command {args[0]!r}{nearest(args[0], self.commands)}; "
+                f"known: {', '.join(self.commands)} (see `{ctx.command_path} --help`)"
             )
         return super().resolve_command(ctx, args)
 
@@ -242,13 +241,13 @@ def main() -> None:
         code = app(standalone_mode=False)
     except SettingError as error:
         code = _complain(str(error))
-    except click.UsageError as error:
-        code = _complain(f"{error.format_message()} (see `{_command(error)} --help`)")
-    except click.ClickException as error:
-        code = _complain(error.format_message())
+    except typer.TyperException as error:
+        ctx = getattr(error, "ctx", None)
+        hint = f" (see `{ctx.command_path} --help`)" if ctx else ""
+        code = _complain(f"{getattr(error, 'format_message', error.__str__)()}{hint}")
     except PermissionError as error:
         code = _complain(f"{error.filename}: permission denied", 1)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         code = _complain("interrupted; the same command goes on where it stopped", 130)
     sys.exit(code or 0)
 
@@ -256,7 +255,3 @@ def main() -> None:
 def _complain(message: str, code: int = 2) -> int:
     print(f"pipeline: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-def _command(error: click.UsageError) -> str:
-    return error.ctx.command_path if error.ctx else "pipeline"

@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         read_passport(find(options.checkpoint))
         painter = Painter(options.checkpoint, options.device)
-        report = _Progress()
+        report = Progress()
         pictures = painter.paint(
             prompts, options.guidance, options.steps, options.seed, options.batch_size, report
         )
@@ -224,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Progress:
+class Progress:
     """A bar on a terminal, else a line every ten seconds."""
 
     def __init__(self) -> None:
@@ -235,9 +235,9 @@ class _Progress:
         if sys.stderr.isatty():
             if self._bar is None:
                 from rich.console import Console
-                from rich.progress import Progress
+                from rich.progress import Progress as Bar
 
-                self._bar = Progress(console=Console(stderr=True), auto_refresh=False)
+                self._bar = Bar(console=Console(stderr=True), auto_refresh=False)
                 self._bar.start()
                 self._task = self._bar.add_task("painting", total=total)
             self._bar.update(self._task, completed=done, refresh=True)

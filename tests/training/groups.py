@@ -13,37 +13,46 @@ import pyarrow as pa
 from pipeline.core import layout
 from pipeline.core.commits import write_shard
 from pipeline.core.groups import publish
-from pipeline.core.manifest import LatentsManifest, TextManifest
+from pipeline.core.manifest import LatentsManifest, TextFacts, TextManifest, VaeFacts
 from pipeline.core.mds import encode_shard
 from pipeline.core.samples import InputShard
 from pipeline.core.store import Store, fingerprint
 from pipeline.core.tables import to_parquet
-from pipeline.encoders import text_facts, vae_facts
+from pipeline.encoders import find_text, find_vae, text_facts, vae_facts
 
-CHANNELS, WIDTH, LENGTH = 4, 16, 12
 SPLITS = ("train", "train", "heldout")  # of input shards 00000, 00001, 00002
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """Folders with the config files of a VAE and a text encoder, but no weights."""
+    """Names of a VAE and a text encoder."""
 
     vae: str
     text: str
 
+    def facts(self) -> tuple[VaeFacts, TextFacts]:
+        """With the weights' hashes where there are weights."""
+        if self == SHIPPED:
+            return find_vae(self.vae)[0], find_text(self.text)[0]
+        return vae_facts(self.vae), text_facts(self.text)
 
-def make_encoders(folder: Path) -> Encoders:
+
+SHIPPED = Encoders("tiny4", "tiny-clip")
+
+
+def make_encoders(folder: Path, width: int = 16, length: int = 12) -> Encoders:
+    """Folders with the encoders' config files, but no weights."""
     vae, text = folder / "vae", folder / "text"
     vae.mkdir(parents=True)
     text.mkdir()
     config: dict[str, Any] = {
-        "latent_channels": CHANNELS,
+        "latent_channels": 4,
         "block_out_channels": [8, 8, 8, 8],
         "scaling_factor": 0.5,
         "shift_factor": 0.25,
     }
     (vae / "config.json").write_text(json.dumps(config))
-    config = {"model_cfg": {"text_cfg": {"width": WIDTH, "context_length": LENGTH}}}
+    config = {"model_cfg": {"text_cfg": {"width": width, "context_length": length}}}
     (text / "open_clip_config.json").write_text(json.dumps(config))
     return Encoders(str(vae), str(text))
 
@@ -66,20 +75,20 @@ def make_source(
     the first value of every token row is C, and the first latent value is K's number.
     """
     store = Store(root)
-    vae, encoder = vae_facts(encoders.vae), text_facts(encoders.text)
+    vae, encoder = encoders.facts()
     latents_group = layout.latents_group(name, encoders.vae, resolution)
     text_group = layout.text_group(name, encoders.text, captions, text)
     side = resolution // vae.downsample
-    latent_columns = {"key": "str", "latent": f"ndarray:float16:{CHANNELS},{side},{side}"}
+    latent_columns = {"key": "str", "latent": f"ndarray:float16:{vae.channels},{side},{side}"}
     for number, split in enumerate(splits):
         shard = InputShard(f"{number:05d}", split)
         rng = np.random.default_rng((seed, number))
         keys = [f"{shard.id}{i:04d}" for i in range(samples)]
-        pictures = rng.normal(0.25, 2, (samples, CHANNELS, side, side)).astype(np.float16)
+        pictures = rng.normal(0.25, 2, (samples, vae.channels, side, side)).astype(np.float16)
         pictures[:, 0, 0, 0] = np.arange(samples)
         rows = [{"key": key, "latent": latent} for key, latent in zip(keys, pictures, strict=True)]
         _write(store, latents_group, shard, latent_columns, rows, keys, {})
-        tokens = [_tokens(c, encoder.length, text, rng) for c in range(7)]
+        tokens = [_tokens(c, encoder, text, rng) for c in range(7)]
         rows = [{"caption": f"caption {c} of {shard.id}", "tokens": tokens[c]} for c in range(7)]
         with_caption = [key for key in keys if key not in without_caption]
         numbers = [int(key[5:]) % 7 for key in with_caption]
@@ -133,9 +142,9 @@ def settings(root: Path, encoders: Encoders, folder: Path) -> dict[str, Any]:
     }
 
 
-def _tokens(c: int, length: int, text: str, rng: np.random.Generator) -> np.ndarray:
-    rows = length if text == "full" else 3 + c
-    tokens = rng.normal(size=(rows, WIDTH)).astype(np.float16)
+def _tokens(c: int, encoder: TextFacts, text: str, rng: np.random.Generator) -> np.ndarray:
+    rows = encoder.length if text == "full" else 3 + c
+    tokens = rng.normal(size=(rows, encoder.width)).astype(np.float16)
     tokens[:, 0] = c
     return tokens
 

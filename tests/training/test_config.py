@@ -1,0 +1,350 @@
+"""Settings: what a YAML may say, how it is completed, and what a mistake is answered with."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.core.errors import SettingError
+from pipeline.core.store import Store
+from tests.training.groups import Encoders, make_encoders, make_source, settings
+from training.config import Config, Model, load, resolve
+from training.preflight import MissingData, check
+
+ROOT = Path(__file__).parents[2]
+STARTUP_S = 2.0  # in which an error has to be out
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
+    return make_encoders(tmp_path_factory.mktemp("encoders"))
+
+
+@pytest.fixture
+def raw(tmp_path: Path, encoders: Encoders) -> dict[str, Any]:
+    return settings(tmp_path / "data", encoders, tmp_path / "run")
+
+
+def changed(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy of the settings with one dotted key set."""
+    result = copy.deepcopy(raw)
+    *path, last = key.split(".")
+    section = result
+    for part in path:
+        section = section.setdefault(part, {})
+    section[last] = value
+    return result
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("yamls/*.yaml")), ids=lambda path: path.stem)
+def test_shipped_settings_are_valid(path: Path) -> None:
+    plan = check(load([str(path), "data.root=/nowhere"]), need_data=False)
+    assert plan.config.name == path.stem
+
+
+def test_the_paper_in_one_file() -> None:
+    """Steps, rates, noise and clipping of the four stages (facts/method.md, section 3.1)."""
+    stages = load([str(ROOT / "yamls/1b.yaml")]).stages
+    assert list(stages) == ["256-masked", "256-full", "512-masked", "512-full"]
+    assert [s.steps for s in stages.values()] == [250_000, 30_000, 50_000, 5_000]
+    assert [s.lr for s in stages.values()] == [2.4e-4, 8e-5, 8e-5, 8e-5]
+    assert [s.mask_ratio for s in stages.values()] == [0.75, 0, 0.75, 0]
+    assert [(s.p_mean, s.p_std) for s in stages.values()] == [(-0.6, 1.2)] * 2 + [(0, 0.6)] * 2
+    assert [s.clip for s in stages.values()] == [0.25, 0.25, 0.5, 0.5]
+    assert [s.microbatch for s in stages.values()] == [256, 64, 32, 16]
+    assert [s.ema for s in stages.values()] == [None, None, 0.99975, 0.9975]
+    assert {s.batch_size for s in stages.values()} == {2048}
+
+
+def test_stage_states_only_what_differs(raw: dict[str, Any]) -> None:
+    config = resolve(raw)
+    assert list(config.stages) == ["masked", "full"]
+    assert config.stages["masked"].lr == config.stages["full"].lr == 1e-2
+    assert (config.stages["masked"].schedule, config.stages["full"].schedule) == (
+        "constant",
+        "cosine",
+    )
+    other = resolve(changed(changed(raw, "defaults.lr", 3e-4), "stages.full.lr", 1e-5))
+    assert (other.stages["masked"].lr, other.stages["full"].lr) == (3e-4, 1e-5)
+
+
+def test_arguments_override_the_file(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw = changed(raw, "stages.512-masked", {"steps": 5, "resolution": 128})
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    config = load([str(path), "stages.512-masked.lr=1e-4", "seed=0", "data.sources=[a,b]"])
+    assert config.stages["512-masked"].lr == 1e-4
+    assert config.seed == 0
+    assert config.data.sources == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lr", 1e-3, 'lr: unknown key; did you mean "defaults.lr"?'),
+        ("data.vea", "sdxl", 'data.vea: unknown key; did you mean "vae"?'),
+        ("optimiser.eps", 1, 'optimiser: unknown key; did you mean "optimizer"?'),
+        ("defaults.p_meen", 0.0, 'defaults.p_meen: unknown key; did you mean "p_mean"?'),
+        ("stages.full.stepps", 3, 'stages.full.stepps: unknown key; did you mean "steps"?'),
+        ("stages.full.steps", "many", "stages.full.steps='many': input should be a valid integer"),
+        ("stages.full.steps", True, "stages.full.steps=True: input should be a valid integer"),
+        ("stages.full.steps", 2.5, "stages.full.steps=2.5: input should be a valid integer"),
+        ("defaults.lr", "1e-3", "defaults.lr='1e-3': input should be a valid number"),
+        ("defaults.lr", 0, "defaults.lr=0: input should be greater than 0"),
+        ("stages.full.mask_ratio", 1.0, "stages.full.mask_ratio=1.0: input should be less than 1"),
+        ("stages.full.mask_ratio", 0.5, "stages.full: mask_ratio 0.5 with mask none: name a mask"),
+        ("stages.full.mask", "defered", 'stages.full: mask defered: unknown; did you mean "defe'),
+        ("stages.full.warmup", 7, "stages.full: warmup 7: must be shorter than steps 7"),
+        (
+            "precision",
+            "amp_bf",
+            "precision='amp_bf': input should be 'auto', 'fp32' or 'amp_bf16';",
+        ),
+        ("model.arch", "MicroDiT_XL", 'did you mean "MicroDiT_XL_2"?'),
+        ("model.qkv_multipliers", [0.5], "model.qkv_multipliers.1: missing"),
+        ("stages.full", 3, "stages.full=3: must be a mapping"),
+        ("stages", None, "stages: missing; name at least one"),
+        ("stages", {"a/b": {"steps": 1}}, "stages.a/b="),
+        ("data.sources", [], "data.sources=[]: list should have at least 1 item"),
+    ],
+)
+def test_mistakes_name_the_key_and_the_remedy(
+    raw: dict[str, Any], key: str, value: Any, message: str
+) -> None:
+    with pytest.raises(SettingError) as error:
+        resolve(changed(raw, key, value))
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_missing_settings_are_all_named(raw: dict[str, Any]) -> None:
+    del raw["defaults"]["lr"], raw["data"]["vae"]
+    with pytest.raises(SettingError) as error:
+        resolve(raw)
+    assert str(error.value).splitlines() == [
+        "data.vae: missing; give it a value",
+        "stages.masked.lr: missing; give it a value (there or in defaults)",
+        "stages.full.lr: missing; give it a value (there or in defaults)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("name: [", [], "not YAML"),
+        ("- 1", [], "expected a mapping of settings, found a list"),
+        ("name: ${nothing}\nstages: {a: {}}", [], "nothing"),
+        ("stages: {masked: {steps: 1}}", ["stages.maskd.lr=1"], 'did you mean "masked"?'),
+        ("name: x", ["other.yaml"], "give one YAML file"),
+    ],
+)
+def test_unusable_files(tmp_path: Path, text: str, arguments: list[str], message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(SettingError) as error:
+        load([str(path), *arguments])
+    assert message in str(error.value)
+
+
+def test_missing_file_names_the_nearest() -> None:
+    with pytest.raises(SettingError, match=r'demmo.yaml: No such file .*"demo.yaml"'):
+        load([str(ROOT / "yamls/demmo.yaml")])
+
+
+def test_sizes_of_the_network_are_the_networks_own() -> None:
+    """Every size of DiTConfig is a setting or follows from the encoders; names cannot drift."""
+    from training.dit import MODELS, DiTConfig
+
+    derived = {"input_size", "in_channels", "caption_width", "caption_length", "pos_interp_scale"}
+    ours = Model.model_fields.keys() - {"arch", "base_resolution"}
+    assert ours == {field.name for field in fields(DiTConfig)} - derived
+    for arch in MODELS:
+        Model(arch=arch)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.vae": "sdxll"}, 'vae=sdxll: unknown; did you mean "sdxl"?'),
+        ({"data.text_encoder": "dfn5b"}, 'text_encoder=dfn5b: unknown; did you mean "dfn5b-h14"?'),
+        ({"stages.full.resolution": 72}, "stages.full.resolution=72: must be a multiple of 16"),
+        ({"stages.masked.mask_ratio": 0.99}, "stages.masked.mask_ratio=0.99: keeps none of 16"),
+    ],
+)
+def test_settings_that_do_not_fit(
+    raw: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    for key, value in changes.items():
+        raw = changed(raw, key, value)
+    with pytest.raises(SettingError) as error:
+        check(resolve(raw))
+    assert message in str(error.value)
+
+
+def test_ranks_share_the_batch(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SettingError, match=r"stages.masked.batch_size=8: .* 3 ranks"):
+        check(resolve(raw))
+
+
+def test_no_shards_names_the_command(raw: dict[str, Any]) -> None:
+    with pytest.raises(MissingData) as error:
+        check(resolve(raw))
+    message, data = str(error.value), raw["data"]
+    assert "no shards at" in message
+    assert f"`pipeline run encode --source toy --root {data['root']} --vae {data['vae']}" in message
+    assert "--resolutions 64 --captions alt --text trimmed`" in message
+
+
+def edit(store: Store, path: str, change: dict[str, Any]) -> None:
+    store.write_json(path, store.read_json(path) | change)
+
+
+@pytest.mark.parametrize(
+    ("group", "change", "message"),
+    [
+        ("latents", {"resolution": 128}, "resolution: expected 64, found 128"),
+        ("text", {"text": "full"}, "text: expected trimmed, found full"),
+        ("text", {"captions": "llava"}, "captions: expected alt, found llava"),
+    ],
+)
+def test_shards_made_otherwise_are_refused(
+    raw: dict[str, Any], encoders: Encoders, group: str, change: dict[str, Any], message: str
+) -> None:
+    store = make_source(Path(raw["data"]["root"]), encoders)
+    path = next(Path(store.root).glob(f"toy/{group}/**/manifest.json")).relative_to(store.root)
+    edit(store, str(path), change)
+    with pytest.raises(SettingError) as error:
+        check(resolve(raw))
+    assert message in str(error.value)
+    assert "--stale" in str(error.value)
+
+
+def test_a_vae_that_changed_is_refused(raw: dict[str, Any], encoders: Encoders) -> None:
+    store = make_source(Path(raw["data"]["root"]), encoders)
+    path = next(Path(store.root).glob("toy/latents/**/manifest.json")).relative_to(store.root)
+    facts = store.read_json(str(path))["vae"]
+    edit(store, str(path), {"vae": facts | {"scale": 0.13}})
+    with pytest.raises(SettingError, match=r"vae scale: expected 0.5, found 0.13"):
+        check(resolve(raw))
+
+
+def test_sources_of_different_weights_are_refused(raw: dict[str, Any], encoders: Encoders) -> None:
+    root = Path(raw["data"]["root"])
+    make_source(root, encoders)
+    store = make_source(root, encoders, name="other")
+    path = next(root.glob("other/latents/**/manifest.json")).relative_to(root)
+    facts = store.read_json(str(path))["vae"]
+    edit(store, str(path), {"vae": facts | {"weights_sha256": "ab"}})
+    with pytest.raises(SettingError, match="toy and other were encoded by different vaes"):
+        check(resolve(changed(raw, "data.sources", ["toy", "other"])))
+
+
+def test_files_that_are_gone(raw: dict[str, Any], encoders: Encoders) -> None:
+    store = make_source(Path(raw["data"]["root"]), encoders)
+    next(Path(store.root).glob("toy/latents/**/00001-*.mds")).unlink()
+    with pytest.raises(MissingData, match="1 of 2 shard files are missing"):
+        check(resolve(raw))
+
+
+def test_shards_without_captions(raw: dict[str, Any], encoders: Encoders) -> None:
+    store = make_source(Path(raw["data"]["root"]), encoders)
+    path = str(next(Path(store.root).glob("toy/text/**/index.json")).relative_to(store.root))
+    index = store.read_json(path)
+    edit(store, path, {"shards": index["shards"][1:], "inputs": index["inputs"][1:]})
+    with pytest.raises(MissingData, match=r"1 of 2 shards have latents but no captions.*00000"):
+        check(resolve(raw))
+
+
+def test_too_few_samples(raw: dict[str, Any], encoders: Encoders) -> None:
+    make_source(Path(raw["data"]["root"]), encoders, samples=3)
+    with pytest.raises(SettingError, match=r"batch_size=8: the train split has only 6 samples"):
+        check(resolve(raw))
+
+
+def test_no_shard_of_the_split(raw: dict[str, Any], encoders: Encoders) -> None:
+    make_source(Path(raw["data"]["root"]), encoders)
+    with pytest.raises(MissingData, match=r"no shard of split val .*heldout, train"):
+        check(resolve(changed(raw, "data.split", "val")))
+
+
+def train(*arguments: str, cwd: Path = ROOT) -> tuple[subprocess.CompletedProcess[str], float]:
+    """`python training/train.py …` and its seconds."""
+    start = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "training/train.py"), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+    )
+    return result, time.monotonic() - start
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["yamls/1b.yaml", "data.root={tmp}"], "no shards at"),
+        (
+            ["yamls/demo.yaml", "stages.full.lrr=1"],
+            'stages.full.lrr: unknown key; did you mean "lr"',
+        ),
+        (["yamls/nothing.yaml"], "yamls/nothing.yaml: No such file or directory"),
+    ],
+)
+def test_mistakes_are_one_line_and_quick(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    # The best of three: the machine may be busy, and the limit is about what we import.
+    runs = [train(*(a.format(tmp=tmp_path) for a in arguments)) for _ in range(3)]
+    result, _ = runs[0]
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not result.stdout
+    assert min(seconds for _, seconds in runs) < STARTUP_S
+
+
+def test_dry_run_without_data(tmp_path: Path) -> None:
+    result, _ = train("yamls/1b.yaml", "dry_run=true", f"data.root={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    assert "parameters: 1,165,442,320" in result.stdout
+    rows = [
+        line.split() for line in result.stdout.splitlines() if line.startswith(("256-", "512-"))
+    ]
+    assert [row[3] for row in rows] == ["94.1", "238.1", "356.5", "1001"]  # GFLOP an image
+    assert [row[4] for row in rows] == ["165,888", "165,888", "190,464", "190,464"]  # bytes
+    assert "3.287e+20 FLOPs" in result.stdout
+    assert f"not all there under {tmp_path}" in result.stdout
+    resolved = yaml.safe_load(result.stdout.split("\nparameters:")[0])
+    assert resolved["stages"]["512-full"]["lr"] == 8e-5  # every stage is shown completed
+    assert Config.model_validate(resolved).stages["256-masked"].warmup == 2500
+
+
+def test_dry_run_measures_data(tmp_path: Path, raw: dict[str, Any], encoders: Encoders) -> None:
+    store = make_source(Path(raw["data"]["root"]), encoders)
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(raw))
+    result, _ = train(str(path), "dry_run=true")
+    assert result.returncode == 0, result.stderr
+    assert "data: toy 40 samples of split train; bytes are measured" in result.stdout
+    latents = sum(f.stat().st_size for f in Path(store.root).glob("toy/latents/**/0000[01]-*.mds"))
+    text = sum(f.stat().st_size for f in Path(store.root).glob("toy/text/**/0000[01]-*.mds"))
+    row = next(line for line in result.stdout.splitlines() if line.startswith("full "))
+    assert row.split()[4] == f"{latents / 40 + text / 14:,.0f}"
+
+
+def test_sizes_no_network_can_have(tmp_path: Path, raw: dict[str, Any]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(changed(raw, "model.width", 40)))
+    result, _ = train(str(path), "dry_run=true")
+    assert result.returncode == 2
+    assert result.stderr.startswith("train: model: width 40: choose a multiple of head_dim 16")

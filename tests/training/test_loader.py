@@ -1,0 +1,238 @@
+"""The loader: which samples, in which order, joined with which captions, in which batches."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from streaming import LocalDataset
+from streaming.base.partition import get_partitions
+
+from pipeline.core import layout
+from pipeline.core.errors import SettingError
+from pipeline.core.latents import to_model
+from pipeline.core.store import Store
+from tests.training.groups import Encoders, make_encoders, make_source, settings
+from training import text
+from training.config import resolve
+from training.loader import LatentText, Sample, collate, global_rows, make_dataset, make_loader
+from training.preflight import Plan, check
+from training.randomness import Rows
+from training.text import TextGroup
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
+    return make_encoders(tmp_path_factory.mktemp("encoders"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, encoders: Encoders) -> Path:
+    """Sources toy and more; shard 00002 of each is held out."""
+    folder = tmp_path_factory.mktemp("root")
+    make_source(folder, encoders)
+    make_source(folder, encoders, name="more", samples=11, seed=1)
+    make_source(folder, encoders, name="full", text="full")
+    return folder
+
+
+def plan_of(root: Path, encoders: Encoders, **data: Any) -> Plan:
+    raw = settings(root, encoders, root / "run")
+    return check(resolve({**raw, "data": raw["data"] | data}))
+
+
+def all_samples(dataset: LatentText) -> list[Sample]:
+    return [dataset[i] for i in range(dataset.size)]
+
+
+def test_streams_the_split_and_nothing_else(root: Path, encoders: Encoders) -> None:
+    dataset = make_dataset(plan_of(root, encoders), "masked")
+    expected = {f"{shard:05d}{i:04d}" for shard in (0, 1) for i in range(20)}
+    assert {sample["key"] for sample in all_samples(dataset)} == expected
+    assert {sample["key"] for sample in dataset} == expected  # streamed, shuffled
+    heldout = make_dataset(plan_of(root, encoders, split="heldout"), "masked")
+    assert {sample["key"] for sample in all_samples(heldout)} == {
+        f"00002{i:04d}" for i in range(20)
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_hold_every_sample_once(root: Path, encoders: Encoders, workers: int) -> None:
+    dataset = make_dataset(plan_of(root, encoders), "masked")
+    loader = make_loader(dataset, workers, trimmed=True)
+    epochs = []
+    for _ in range(2):
+        batches = [batch["latents"][:, 0, 0, 0] for batch in loader]
+        assert [len(batch) for batch in batches] == [8] * 5
+        epochs.append(torch.cat(batches).tolist())
+    assert sorted(epochs[0]) == sorted(epochs[1])
+    assert epochs[0] != epochs[1]  # another order
+    assert len(set(epochs[0])) == 20  # numbers 0..19, in both shards
+
+
+def test_order_is_a_function_of_seed_and_stage(root: Path, encoders: Encoders) -> None:
+    def order(stage: str, seed: int) -> list[str]:
+        raw = settings(root, encoders, root / "run")
+        plan = check(resolve({**raw, "seed": seed}))
+        return [sample["key"] for sample in make_dataset(plan, stage)]
+
+    assert order("masked", 3) == order("masked", 3)
+    assert order("masked", 3) != order("masked", 4)
+    assert order("masked", 3) != order("full", 3)
+
+
+def test_join_is_by_key(root: Path, encoders: Encoders) -> None:
+    plan = plan_of(root, encoders, sources=["more", "toy"])
+    samples = all_samples(make_dataset(plan, "masked"))
+    assert len(samples) == 2 * 11 + 2 * 20
+    # What LocalDataset, the library's own reader, says of both groups, whose keys are the same.
+    more, toy = (
+        {
+            stored["key"]: stored["latent"]
+            for stored in LocalDataset(str(root / source.latents_group))
+        }
+        for source in plan.data["masked"]
+    )
+    for sample in samples:
+        shard, number = sample["key"][:5], int(sample["key"][5:])
+        assert sample["caption"] == f"caption {number % 7} of {shard}"
+        assert sample["tokens"].shape == (3 + number % 7, 16)
+        assert (sample["tokens"][:, 0] == number % 7).all()
+        assert sample["tokens"].dtype == np.float16
+    for place, sample in enumerate(samples):
+        raw = (more if place < 22 else toy)[sample["key"]].astype(np.float32)
+        assert sample["latent"].dtype == np.float32
+        np.testing.assert_array_equal(sample["latent"], to_model(raw, plan.vae))
+        np.testing.assert_allclose(sample["latent"], (raw - 0.25) * 0.5, rtol=1e-6)
+
+
+def text_group(
+    root: Path, encoders: Encoders, name: str = "toy", mode: str = "trimmed"
+) -> TextGroup:
+    group = layout.text_group(name, encoders.text, "alt", mode)
+    return TextGroup(Store(root), group, root / "cache", "`make it`")
+
+
+def test_text_equals_the_librarys_reader(root: Path, encoders: Encoders) -> None:
+    for name, mode in (("toy", "trimmed"), ("full", "full")):
+        group = text_group(root, encoders, name, mode)
+        captions = LocalDataset(str(root / layout.text_group(name, encoders.text, "alt", mode)))
+        for place, stored in enumerate(captions):
+            shard, c = f"{place // 7:05d}", place % 7
+            found = group.read(shard, f"{shard}{c:04d}")
+            assert found.text == stored["caption"]
+            np.testing.assert_array_equal(found.tokens, stored["tokens"])
+
+
+def test_open_text_shards_are_bounded(
+    root: Path, encoders: Encoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "OPEN_SHARDS", 1)
+    group = text_group(root, encoders)
+    for _ in range(2):
+        for shard in ("00000", "00001"):
+            assert group.read(shard, f"{shard}0003").text == f"caption 3 of {shard}"
+    assert group._open.cache_info().currsize == 1
+    again = pickle.loads(pickle.dumps(group))
+    assert again.read("00000", "000000000").text == "caption 0 of 00000"
+
+
+def test_text_of_a_remote_root_is_copied_once(
+    root: Path, encoders: Encoders, tmp_path: Path
+) -> None:
+    store = Store(root)
+    store.local = False  # a root whose files have to be fetched
+    group = layout.text_group("toy", encoders.text, "alt", "trimmed")
+    reader = TextGroup(store, group, tmp_path, "`make it`")
+    assert reader.read("00001", "000010004").text == "caption 4 of 00001"
+    copied = sorted(path.suffix for path in (tmp_path / group).iterdir())
+    assert copied == [".mds", ".parquet"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_picture_without_caption(tmp_path: Path, encoders: Encoders, workers: int) -> None:
+    make_source(tmp_path, encoders, without_caption=("000010004",))
+    dataset = make_dataset(plan_of(tmp_path, encoders), "masked")
+    with pytest.raises(
+        SettingError, match="picture 000010004 has a latent but no caption"
+    ) as error:
+        list(make_loader(dataset, workers, trimmed=True))
+    assert "run `pipeline run encode --source toy" in str(error.value)
+
+
+def sample(length: int, value: float) -> Sample:
+    return Sample(
+        key="k",
+        caption="c",
+        latent=np.full((4, 8, 8), value, np.float32),
+        tokens=np.full((length, 16), value, np.float16),
+    )
+
+
+def test_batches_are_padded_to_the_longest() -> None:
+    batch = collate([sample(3, 1), sample(5, 2)], trimmed=True)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in batch.items()} == {
+        "latents": ((2, 4, 8, 8), torch.float32),
+        "y": ((2, 5, 16), torch.float16),
+        "y_mask": ((2, 5), torch.bool),
+        "index": ((2,), torch.int64),
+    }
+    assert batch["y_mask"].sum(dim=1).tolist() == [3, 5]
+    assert batch["y"][0, :3].unique().tolist() == [1]
+    assert not batch["y"][0, 3:].any()
+
+
+def test_full_batches_have_no_mask() -> None:
+    batch = collate([sample(12, 1), sample(12, 2)], trimmed=False)
+    assert batch.keys() == {"latents", "y", "index"}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "ranks", "node", "rank"), [(1, 2, 0, 1), (2, 2, 1, 0), (2, 2, 1, 1)]
+)
+def test_ranks_take_known_rows_of_the_global_batch(
+    monkeypatch: pytest.MonkeyPatch, nodes: int, ranks: int, node: int, rank: int
+) -> None:
+    """The rows that a rank's random numbers are drawn for are those that its loader gives."""
+    for name, value in {
+        "WORLD_SIZE": nodes * ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "LOCAL_RANK": rank,
+        "NODE_RANK": node,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    batch = 16
+    alone = get_partitions("relaxed", 64, nodes, 1, 1, 1, batch)[0, 0, 0]
+    mine = get_partitions("relaxed", 64, nodes, nodes, ranks, 1, batch // (nodes * ranks))
+    rows = global_rows()
+    assert rows == Rows(first=rank * nodes + node, step=nodes * ranks)
+    everyone = np.full((64 // batch, batch), -1)
+    for n in range(nodes):
+        for r in range(ranks):
+            everyone[:, r * nodes + n :: nodes * ranks] = mine[n, r, 0]
+    np.testing.assert_array_equal(everyone, alone)
+    np.testing.assert_array_equal(everyone[:, rows.first :: rows.step], mine[node, rank, 0])
+    assert sorted(everyone.ravel()) == list(range(64))
+
+
+def test_resumes_in_the_middle_of_an_epoch(root: Path, encoders: Encoders) -> None:
+    plan = plan_of(root, encoders)
+    loader = make_loader(make_dataset(plan, "masked"), 0, trimmed=True)
+    batches = [batch for _ in range(2) for batch in loader]
+    loader = make_loader(make_dataset(plan, "masked"), 0, trimmed=True)
+    iterator = iter(loader)
+    for _ in range(3):
+        next(iterator)
+    state = json.loads(json.dumps(loader.state_dict()))
+    resumed = make_loader(make_dataset(plan, "masked"), 0, trimmed=True)
+    resumed.load_state_dict(state)
+    rest = [batch for _ in range(2) for batch in resumed]
+    assert len(rest) == 7
+    for expected, found in zip(batches[3:], rest, strict=True):
+        assert torch.equal(expected["latents"], found["latents"])
+        assert torch.equal(expected["y"], found["y"])
