@@ -8,14 +8,13 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # The environment is ours alone: what the caller's shell has active does not leak in.
 unexport VIRTUAL_ENV PYTHONPATH
 
-.PHONY: help setup demo check test test-full bench format tiny-weights clean
+.PHONY: help setup demo check test test-full format tiny-weights clean
 
 help:
 	@echo "make demo        run the whole product on real pictures, about 13 minutes on 2 cores"
 	@echo "make test        quick tests, at most 8 minutes"
 	@echo "make test-full   the slow tests as well, at most 40 minutes"
 	@echo "make check       format, lint, types, import directions"
-	@echo "make bench       the numbers of BENCHMARKS.md"
 	@echo "make tiny-weights  retrain the small encoders that ship with the package, about 1 hour"
 
 setup: .venv/.complete
@@ -42,9 +41,6 @@ test: setup
 
 test-full: setup
 	pytest -m "slow and not gpu and not weights"
-
-bench: setup
-	python -m tests.bench
 
 format: setup
 	ruff format .

@@ -111,6 +111,8 @@ def _network(plan: Plan, name: str, start: CheckpointState | None, resume: Path 
         return network
     network.set_resolution(config.input_size, config.pos_interp_scale)  # fills the position table
     network.mask_token.zero_()
+    if resume is not None:
+        read(resume).check(network)
     if start is not None:
         start.restore_weights(network)
     return network

@@ -34,12 +34,29 @@ def allow_only_data() -> None:
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """The parts of a stage's last checkpoint that the next stage begins with."""
+    """The parts of a checkpoint that are read without Composer."""
 
     path: Path
     model: dict[str, Tensor]
     average: dict[str, Tensor] | None
     optimizers: dict[str, Any]
+
+    def check(self, network: MicroDiT) -> None:
+        """That the checkpoint is one of this very network.
+
+        Composer loads with strict=False: what a file lacks would silently stay as it is.
+
+        Raises:
+            SettingError: names or shapes differ.
+        """
+        expected = {PREFIX + name: value.shape for name, value in network.state_dict().items()}
+        found = {name: value.shape for name, value in self.model.items()}
+        if expected != found:
+            name = min(key for key in expected | found if expected.get(key) != found.get(key))
+            raise SettingError(
+                f"{self.path}: of another network ({name}: expected {expected.get(name)}, "
+                f"found {found.get(name)})"
+            )
 
     def restore_weights(self, network: MicroDiT) -> None:
         """Into a network that may have another resolution: positions stay its own.
@@ -81,6 +98,7 @@ def read(path: Path) -> CheckpointState:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]
         average = state["callbacks"]["EMA"]["average"]
+        _ = state["timestamp"], state["dataset_state"]  # Composer would do without
         return CheckpointState(path, state["model"], average, state["optimizers"])
     except FileNotFoundError as error:
         raise SettingError(

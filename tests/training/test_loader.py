@@ -122,7 +122,8 @@ def test_text_equals_the_librarys_reader(root: Path, encoders: Encoders) -> None
     for name, mode in (("toy", "trimmed"), ("full", "full")):
         group = text_group(root, encoders, name, mode)
         captions = LocalDataset(str(root / layout.text_group(name, encoders.text, "alt", mode)))
-        for place, stored in enumerate(captions):
+        for place in range(len(captions)):
+            stored = captions[place]
             shard, c = f"{place // 7:05d}", place % 7
             found = group.read(shard, f"{shard}{c:04d}")
             assert found.text == stored["caption"]
@@ -154,7 +155,7 @@ def test_text_of_a_remote_root_is_copied_once(
     assert copied == [".mds", ".parquet"]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_picture_without_caption(tmp_path: Path, encoders: Encoders, workers: int) -> None:
     make_source(tmp_path, encoders, without_caption=("000010004",))
     dataset = make_dataset(plan_of(tmp_path, encoders), "masked")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,15 +13,26 @@ from typing import Any
 
 import pytest
 import torch
+from composer import Callback
 from safetensors.torch import load_file
 
 from pipeline.core.errors import SettingError
 from tests.training.groups import make_encoders, make_source, settings
+from training import assemble, weights
+from training.checkpoints import allow_only_data, read
 from training.config import resolve
-from training.folder import check as check_folder
-from training.folder import unfinished
+from training.dit import MicroDiT
+from training.folder import StageFolder
+from training.optim import learning_rate
 from training.preflight import Plan, check
+from training.train import main
 
+# Composer's and streaming's own warnings; ours go through SettingError.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROOT = Path(__file__).parents[2]
+
+# argv: settings as JSON, a file for the losses, "RUN STEP" after which the process kills itself.
 KILLED_RUN = """
 import json, os, signal, sys
 from composer import Callback
@@ -30,11 +42,10 @@ from training.preflight import check
 
 class Record(Callback):
     def batch_end(self, state, logger):
-        self.last = state.total_loss_dict["loss/train/total"]
+        place = f"{state.run_name} {state.timestamp.batch.value}"
         with open(sys.argv[2], "a") as file:
-            name = f"{state.run_name} {state.timestamp.batch.value} {self.last!r}"
-            print(name, file=file, flush=True)
-        if name.rsplit(" ", 1)[0] == sys.argv[3]:
+            print(place, repr(state.total_loss_dict["loss/train/total"]), file=file)
+        if place == sys.argv[3]:
             os.kill(os.getpid(), signal.SIGKILL)
 
 run(check(resolve(json.loads(sys.argv[1]))), [Record()])
@@ -51,8 +62,27 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return settings(folder / "data", encoders, folder / "unset")
 
 
-def plan_of(data: dict[str, Any], folder: Path, **changes: Any) -> Plan:
-    return check(resolve({**data, "folder": str(folder), **changes}))
+def plan_of(data: dict[str, Any], path: Path, **changes: Any) -> Plan:
+    return check(resolve({**data, "folder": str(path), **changes}))
+
+
+def equal(a: Path, b: Path) -> bool:
+    """Whether two weights files hold the same bits."""
+    first, second = load_file(a), load_file(b)
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+class Watch(Callback):
+    """Losses and learning rates of every step, by run name."""
+
+    def __init__(self) -> None:
+        self.losses: dict[str, list[float]] = {}
+        self.rates: dict[str, list[float]] = {}
+
+    def batch_end(self, state, logger) -> None:
+        loss = state.total_loss_dict["loss/train/total"]
+        self.losses.setdefault(state.run_name, []).append(loss)
+        self.rates.setdefault(state.run_name, []).append(state.optimizers[0].param_groups[0]["lr"])
 
 
 def run_process(raw: dict[str, Any], losses: Path, kill_at: str = "never") -> int:
@@ -94,6 +124,282 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert run_process(raw, tmp_path / "losses.txt") == 0
     assert last_losses(tmp_path / "losses.txt") == last_losses(whole / "losses.txt")
     for name in ("model.safetensors", "full/live.safetensors", "masked/model.safetensors"):
-        expected, found = load_file(whole / "run" / name), load_file(tmp_path / "run" / name)
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[key], found[key]) for key in expected), name
+        assert equal(whole / "run" / name, tmp_path / "run" / name), name
+
+
+@pytest.fixture(scope="module")
+def trained(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Watch]:
+    """A finished run of both stages in this process, and what was watched."""
+    plan = plan_of(data, tmp_path_factory.mktemp("trained") / "run")
+    watch = Watch()
+    assemble.run(plan, [watch])
+    return plan, watch
+
+
+def test_trains_both_stages(trained: tuple[Plan, Watch]) -> None:
+    plan, watch = trained
+    losses = watch.losses
+    assert {name: len(values) for name, values in losses.items()} == {
+        "toy-masked": 10,
+        "toy-full": 7,
+    }
+    assert losses["toy-masked"][0] == pytest.approx(1, abs=0.5)  # F is 0 at initialisation
+    for name, stage in plan.config.stages.items():
+        expected = [learning_rate(stage, step) for step in range(stage.steps)]
+        assert watch.rates[f"toy-{name}"] == expected
+
+
+def test_what_a_run_leaves(trained: tuple[Plan, Watch]) -> None:
+    plan, _ = trained
+    path = plan.config.run_folder()
+    files = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
+    stages = [
+        f"{stage}/{name}"
+        for stage, last in (("full", 7), ("masked", 10))
+        for name in (
+            "live.safetensors",
+            "model.safetensors",
+            "settings.json",
+            f"step-{last:08d}.pt",
+        )
+    ]
+    assert files == sorted(["config.json", "model.safetensors", *stages])
+    assert os.path.samefile(path / "model.safetensors", path / "full/model.safetensors")
+    network, passport = weights.load(path / "model.safetensors")
+    assert (passport.stage, passport.step, passport.weights, passport.ema) == (
+        "full",
+        7,
+        "ema",
+        0.9,
+    )
+    assert passport.vae == plan.vae
+    assert passport.latents_manifests["toy"].samples == 60
+    assert passport.text == "trimmed"
+    assert passport.config["stages"]["full"]["lr"] == 1e-2
+    assert network.config.caption_width == 16
+    live = weights.read_passport(path / "full/live.safetensors")
+    assert (live.weights, live.ema) == ("live", None)
+
+
+def test_checkpoint_keeps_the_average_under_its_own_key(trained: tuple[Plan, Watch]) -> None:
+    path = StageFolder(trained[0].config.run_folder() / "full")
+    state = read(path.checkpoint(7))
+    live, model = load_file(path.live), load_file(path.model)
+    assert state.average is not None
+    parameters = dict(MicroDiT(weights.read_passport(path.model).network()).named_parameters())
+    assert state.average.keys() == parameters.keys()  # and no buffers
+    for name in parameters:
+        assert torch.equal(state.model[f"dit.{name}"], live[name])
+        assert torch.equal(state.average[name], model[name])
+    assert not all(torch.equal(live[name], model[name]) for name in parameters)
+
+
+def test_finished_stages_are_not_run_again(
+    trained: tuple[Plan, Watch], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Without its last stage a finished run makes just that one again, the same."""
+    plan, watch = trained
+    copy = tmp_path / "run"
+    shutil.copytree(plan.config.run_folder(), copy)
+    shutil.rmtree(copy / "full")
+    again = Watch()
+    assemble.run(plan_of(json.loads(plan.config.model_dump_json()), copy), [again])
+    assert again.losses == {"toy-full": watch.losses["toy-full"]}
+    assert equal(copy / "model.safetensors", plan.config.run_folder() / "model.safetensors")
+    assert "stage masked: finished before, not run again" in capsys.readouterr().err
+
+
+def test_finished_run_starts_nothing(
+    trained: tuple[Plan, Watch], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    plan, _ = trained
+    path = tmp_path / "run.yaml"
+    path.write_text(plan.config.model_dump_json())
+    assert main([str(path)]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert main([str(path), "stages.full.lr=1e-3"]) == 2
+    message = capsys.readouterr().err
+    assert "was begun with other settings (stage.lr: 0.01 -> 0.001)" in message
+    assert main([str(path), "logging.every=3", "data.workers=1", "stages.full.save_every=9"]) == 0
+
+
+def test_moments_go_on_where_they_should(
+    data: dict[str, Any], trained: tuple[Plan, Watch], tmp_path: Path
+) -> None:
+    plan, watch = trained
+    copy = tmp_path / "run"
+    shutil.copytree(plan.config.run_folder() / "masked", copy / "masked")
+    stages = {**data["stages"], "full": data["stages"]["full"] | {"keep_moments": False}}
+    fresh = Watch()
+    assemble.run(plan_of(data, copy, stages=stages), [fresh])
+    kept, reset = watch.losses["toy-full"], fresh.losses["toy-full"]
+    assert kept[0] == reset[0]  # the same weights and noise
+    assert kept[2] != reset[2]  # another step was made with other moments
+
+
+def test_resolution_may_change_between_stages(data: dict[str, Any], tmp_path: Path) -> None:
+    stages = {"small": {"steps": 2}, "large": {"steps": 2, "resolution": 128}}
+    plan = plan_of(data, tmp_path / "run", stages=stages)
+    assemble.run(plan)
+    small, passport = weights.load(tmp_path / "run/small/model.safetensors")
+    large, larger = weights.load(tmp_path / "run/large/model.safetensors")
+    assert (passport.resolution, small.config.input_size, small.config.pos_interp_scale) == (
+        64,
+        8,
+        1,
+    )
+    assert (larger.resolution, large.config.input_size, large.config.pos_interp_scale) == (
+        128,
+        16,
+        2,
+    )
+    grid = large.pos_embed.unflatten(1, (8, 8))[:, ::2, ::2].flatten(1, 2)
+    assert torch.equal(grid, small.pos_embed)
+
+
+def test_micro_batches_do_not_change_the_result(
+    data: dict[str, Any], trained: tuple[Plan, Watch], tmp_path: Path
+) -> None:
+    watch = Watch()
+    stages = {"masked": data["stages"]["masked"] | {"microbatch": 4}}
+    assemble.run(plan_of(data, tmp_path / "run", stages=stages), [watch])
+    expected = trained[1].losses["toy-masked"]
+    assert watch.losses["toy-masked"] == pytest.approx(expected, rel=1e-3)
+
+
+class Poison(Callback):
+    """Makes a weight infinite after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def batch_end(self, state, logger) -> None:
+        if state.timestamp.batch.value == self.step:
+            next(iter(state.model.parameters())).data.fill_(float("inf"))
+
+
+def test_nan_stops_before_it_is_saved(data: dict[str, Any], tmp_path: Path) -> None:
+    plan = plan_of(data, tmp_path / "run")
+    with pytest.raises(SettingError, match="stage masked, step 6: the loss is nan"):
+        assemble.run(plan, [Poison(5)])
+    path = StageFolder(tmp_path / "run/masked")
+    assert [p.name for p in path.checkpoints()] == ["step-00000004.pt"]
+    assert all(value.isfinite().all() for value in read(path.checkpoint(4)).model.values())
+
+
+class Evil:
+    """Unpickling this would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.write_text, (self.path, "code ran"))
+
+
+@pytest.mark.parametrize("kind", ["truncated", "evil", "other"])
+def test_unusable_checkpoints(
+    data: dict[str, Any], trained: tuple[Plan, Watch], tmp_path: Path, kind: str
+) -> None:
+    """Where a stage would go on from one, and where the next stage would begin with one."""
+    source = trained[0].config.run_folder()
+    good = source / "masked/step-00000010.pt"
+    bad, sign = tmp_path / "bad.pt", tmp_path / "sign"
+    if kind == "truncated":
+        bad.write_bytes(good.read_bytes()[:50_000])
+    elif kind == "evil":
+        torch.save({"state": {"model": Evil(sign)}}, bad)
+    else:
+        torch.save({"state": {"something": 1}}, bad)
+    for stage, step in (("full", 4), ("masked", 10)):
+        copy = tmp_path / stage
+        shutil.copytree(source, copy)
+        shutil.rmtree(copy / "full")
+        (copy / stage).mkdir(exist_ok=True)
+        shutil.copy(bad, copy / stage / f"step-{step:08d}.pt")
+        with pytest.raises(SettingError, match=rf"step-{step:08d}.pt") as error:
+            assemble.run(plan_of(data, copy))
+        assert len(str(error.value).splitlines()) == 1
+    assert not sign.exists()
+
+
+def test_loading_runs_no_code(tmp_path: Path) -> None:
+    """Composer calls torch.load with weights_only=False; the variable overrules it."""
+    torch.save(Evil(tmp_path / "sign"), tmp_path / "evil.pt")
+    allow_only_data()
+    with pytest.raises(Exception, match=r"[Ww]eights"):
+        torch.load(tmp_path / "evil.pt", weights_only=False)
+    assert not (tmp_path / "sign").exists()
+
+
+def test_no_room_for_a_checkpoint(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training import callbacks
+
+    save = callbacks.save_checkpoint
+
+    def full_disk(state, filename, **options):
+        if state.timestamp.batch.value > 4:
+            Path(filename).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return save(state, filename, **options)
+
+    monkeypatch.setattr(callbacks, "save_checkpoint", full_disk)
+    with pytest.raises(SettingError, match=r"No space left on device; the last good .*00004.pt"):
+        assemble.run(plan_of(data, tmp_path / "run"))
+    files = sorted(path.name for path in (tmp_path / "run/masked").iterdir())
+    assert files == ["settings.json", "step-00000004.pt"]
+
+
+def test_tensorboard(data: dict[str, Any], tmp_path: Path) -> None:
+    stages = {"masked": data["stages"]["masked"] | {"steps": 5, "clip": 1.0}}
+    plan = plan_of(data, tmp_path / "run", stages=stages, logging={"to": ["tensorboard"]})
+    assemble.run(plan)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run/masked/tensorboard/toy-masked")).Reload()
+    names = events.Tags()["scalars"]
+    assert {"loss/train/total", "train/lr", "train/grad_norm", "train/data_wait_share"} <= {*names}
+    assert len(events.Scalars("train/lr")) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_launcher(
+    data: dict[str, Any], trained: tuple[Plan, Watch], tmp_path: Path, ranks: int
+) -> None:
+    """`composer training/train.py` ends with the plain run's weights, to rounding on 2 ranks."""
+    stages = {"masked": data["stages"]["masked"] | {"steps": 5}}
+    alone = plan_of(data, tmp_path / "alone", stages=stages)
+    assemble.run(alone)
+    raw = {**data, "stages": stages, "folder": str(tmp_path / "run")}
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(raw))
+    command = [
+        Path(sys.executable).parent / "composer",
+        "-n",
+        str(ranks),
+        "training/train.py",
+        path,
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    expected = load_file(tmp_path / "alone/masked/live.safetensors")
+    found = load_file(tmp_path / "run/masked/live.safetensors")
+    for name, value in expected.items():
+        if ranks == 1:
+            assert torch.equal(found[name], value), name
+        else:
+            assert torch.allclose(found[name], value, atol=1e-3), name
+
+
+@pytest.mark.slow
+def test_the_launcher_keeps_the_exit_code(tmp_path: Path) -> None:
+    command = [Path(sys.executable).parent / "composer", "training/train.py", "yamls/1b.yaml"]
+    result = subprocess.run(
+        [*command, f"data.root={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2
+    assert sum(line.startswith("train: ") for line in result.stderr.splitlines()) == 1
+    assert "run `pipeline run encode --source sa1b" in result.stderr

@@ -1,0 +1,196 @@
+"""From a weights file alone to pictures on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from pipeline.core.errors import SettingError
+from pipeline.core.manifest import LatentsManifest, TextManifest
+from tests.training.groups import SHIPPED
+from training import weights
+from training.denoiser import EDM
+from training.dit import DiTConfig, MicroDiT
+from training.generate import Painter, main, read_prompts
+from training.sheet import contact_sheet
+
+PROMPTS = ["avocado on a blue background", "rocket", "rocket"]
+
+
+def passport_of(config: DiTConfig, text: str) -> weights.Passport:
+    vae, encoder = SHIPPED.facts()
+    common: dict[str, Any] = {"source": "openmoji", "dtype": "float16"}
+    latents = LatentsManifest(**common, vae=vae, resolution=64, crop="center", latents="mean")
+    captions = TextManifest(**common, text_encoder=encoder, text=text, captions="alt")
+    network = MicroDiT(config)
+    return weights.Passport(
+        run="toy",
+        stage="full",
+        step=5,
+        weights="ema",
+        ema=0.9,
+        **weights.facts(network, EDM()),
+        resolution=64,
+        vae=vae,
+        text_encoder=encoder,
+        text=text,
+        captions="alt",
+        latents_manifests={"openmoji": latents},
+        text_manifests={"openmoji": captions},
+        attribution=weights.attributions(["openmoji", "other"]),
+        config={"seed": 1},
+    )
+
+
+@pytest.fixture(scope="module", params=["trimmed", "full"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with weights of an untrained network."""
+    vae, encoder = SHIPPED.facts()
+    config = DiTConfig(
+        input_size=8,
+        in_channels=vae.channels,
+        width=32,
+        depth=2,
+        head_dim=16,
+        multiple_of=16,
+        mixer_width=32,
+        mixer_depth=1,
+        num_experts=2,
+        caption_width=encoder.width,
+        caption_length=encoder.length,
+    )
+    network = MicroDiT(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    folder = tmp_path_factory.mktemp("run")
+    weights.save(folder / "model.safetensors", network, {}, passport_of(config, request.param))
+    return folder
+
+
+def test_weights_round_trip(checkpoint: Path, tmp_path: Path) -> None:
+    network, passport = weights.load(checkpoint / "model.safetensors")
+    assert passport.noise() == EDM()
+    assert passport.attribution == ["Trained on pictures of OpenMoji (openmoji.org), CC BY-SA 4.0"]
+    averaged = {"x_embedder.proj.bias": torch.full((32,), 3.0)}
+    weights.save(tmp_path / "again.safetensors", network, averaged, passport)
+    again, other = weights.load(tmp_path / "again.safetensors")
+    assert other == passport
+    for name, expected in {**network.state_dict(), **averaged}.items():
+        assert torch.equal(again.state_dict()[name], expected), name
+    assert [path.name for path in tmp_path.iterdir()] == ["again.safetensors"]
+
+
+def test_pictures_on_disk(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--checkpoint", str(checkpoint), "--out", str(tmp_path), "--prompts", *PROMPTS]
+    assert main([*arguments, "--steps", "2", "--seed", "7", "--batch-size", "2"]) == 0
+    assert f"3 pictures, all on {tmp_path / 'sheet.png'}" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "0000-avocado-on-a-blue-background.png",
+        "0001-rocket.png",
+        "0002-rocket.png",
+        "sheet.png",
+    ]
+    picture = Image.open(tmp_path / "0000-avocado-on-a-blue-background.png")
+    assert picture.size == (64, 64)
+    assert isinstance(picture, Image.Image)
+    assert picture.info["prompt"] == PROMPTS[0]
+    assert picture.info["seed"] == "7"
+    assert "OpenMoji" in picture.info["attribution"]
+    assert picture.tobytes() != Image.open(tmp_path / "0001-rocket.png").tobytes()
+
+
+def test_picture_is_a_function_of_seed_and_place(checkpoint: Path) -> None:
+    painter = Painter(str(checkpoint))
+    reports: list[tuple[int, int]] = []
+
+    def paint(prompts: list[str], **options: Any) -> np.ndarray:
+        return painter.paint(prompts, steps=2, **options)
+
+    pictures = paint(PROMPTS, batch_size=2, report=lambda done, all_: reports.append((done, all_)))
+    assert pictures.shape == (3, 64, 64, 3)
+    assert pictures.dtype == np.uint8
+    assert reports == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    # Other prompts and another batch size move a picture by rounding at most.
+    alone = paint(["x", "rocket"], batch_size=16)
+    assert np.abs(alone[1].astype(int) - pictures[1]).max() <= 1
+    assert (pictures[1] != pictures[2]).any()  # the same prompt in another place
+    assert (paint(PROMPTS, seed=1) != pictures).any()
+
+
+def test_encoders_must_be_those_of_training(checkpoint: Path, tmp_path: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    passport = weights.read_passport(checkpoint / "model.safetensors")
+    vae = passport.vae.model_copy(update={"weights_sha256": "ab", "scale": 0.5})
+    changed = passport.model_copy(update={"vae": vae})
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path, {weights.METADATA_KEY: changed.model_dump_json()})
+    with pytest.raises(SettingError, match="vae tiny4 has changed: weights_sha256: expected ab"):
+        Painter(str(tmp_path))
+
+
+def test_unusable_checkpoints(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "model.safetensors"
+
+    def answer() -> str:
+        assert main(["--checkpoint", str(tmp_path), "--out", "o", "--prompts", "p"]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        return lines[0]
+
+    assert "no file" in answer()
+    whole = (checkpoint / "model.safetensors").read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "truncated" in answer()
+    tensors = load_file(checkpoint / "model.safetensors")
+    save_file(tensors, path)
+    assert "no passport" in answer()
+    record = weights.read_passport(checkpoint / "model.safetensors").model_dump(mode="json")
+    save_file(tensors, path, {weights.METADATA_KEY: json.dumps(record | {"schema_version": 99})})
+    assert "upgrade the package" in answer()
+    save_file(tensors, path, {weights.METADATA_KEY: json.dumps(record | {"vae": 1})})
+    assert "broken passport (vae" in answer()
+    record["model"]["depth"] = 3
+    save_file(tensors, path, {weights.METADATA_KEY: json.dumps(record)})
+    assert "Missing key(s)" in answer()
+
+
+def test_prompts_from_files_and_arguments(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n\n a dog \n")
+    assert read_prompts([str(file), "a fox"]) == ["a cat", "a dog", "a fox"]
+    assert read_prompts(["x" * 5000]) == ["x" * 5000]  # too long to be a file's name
+    file.write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(SettingError, match="cannot be read as text"):
+        read_prompts([str(file)])
+    with pytest.raises(SettingError, match="give texts"):
+        read_prompts([" "])
+
+
+@pytest.mark.parametrize(("option", "value"), [("--steps", "0"), ("--batch-size", "-1")])
+def test_numbers_out_of_range(
+    checkpoint: Path, capsys: pytest.CaptureFixture, option: str, value: str
+) -> None:
+    arguments = ["--checkpoint", str(checkpoint), "--out", "o", "--prompts", "p", option, value]
+    assert main(arguments) == 2
+    assert f"{option} {value}: use 1 or more" in capsys.readouterr().err
+
+
+def test_sheet_shows_pairs_with_captions() -> None:
+    black, white = np.zeros((64, 64, 3), np.uint8), np.full((64, 64, 3), 255, np.uint8)
+    cells = [(f"caption {i} " + "long " * 20, [black, white]) for i in range(5)]
+    sheet = contact_sheet(cells, columns=3, footer="credits")
+    assert sheet.width == 3 * (2 * 128 + 8) + 8
+    pixels = np.asarray(sheet)
+    assert not pixels[8 : 8 + 128, 8 : 8 + 128].any()  # enlarged twice
+    assert pixels[8 : 8 + 128, 8 + 128 : 8 + 256].all()
+    assert not pixels[8 + 128 : 8 + 128 + 45, 8:264].all()  # the caption's ink
