@@ -48,7 +48,7 @@ format: setup
 
 tiny-weights: setup
 	python -m pipeline.tiny.train_vae --channels 4 --out pipeline/encoders/weights/tiny4
-	python -m pipeline.tiny.train_vae --channels 16 --out pipeline/encoders/weights/tiny16
+	python -m pipeline.tiny.train_vae --channels 16 --steps 1600 --out pipeline/encoders/weights/tiny16
 	python -m pipeline.tiny.train_clip --seed 0 --out pipeline/encoders/weights/tiny-clip
 	python -m pipeline.tiny.train_clip --seed 1 --out pipeline/encoders/weights/tiny-clip-judge
 

@@ -56,6 +56,15 @@ def uninterrupted(config, tmp_path_factory) -> dict[str, bytes]:
     return tree(root)
 
 
+def copy_inputs(files: dict[str, bytes], root: Path) -> None:
+    """A root on which download and caption have run, encode not."""
+    for name, data in files.items():
+        if "/images/" in name or "/captions/" in name:
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+
 def test_one_worker_gives_the_same_bytes_and_a_rerun_does_nothing(config, uninterrupted, tmp_path):
     assert pipeline(config, tmp_path, "all", "--workers", "1").returncode == 0
     assert tree(tmp_path) == uninterrupted
@@ -69,8 +78,7 @@ def test_one_worker_gives_the_same_bytes_and_a_rerun_does_nothing(config, uninte
 def test_a_kill_of_encode_at_any_moment_and_a_rerun_give_the_same_bytes(
     config, uninterrupted, tmp_path, seed
 ):
-    for stage in ("download", "caption"):
-        assert pipeline(config, tmp_path, stage).returncode == 0
+    copy_inputs(uninterrupted, tmp_path)
     before = tree(tmp_path)
     with subprocess.Popen(
         command(config, tmp_path, "encode"),
@@ -93,8 +101,7 @@ def test_a_kill_of_encode_at_any_moment_and_a_rerun_give_the_same_bytes(
 
 
 def test_a_killed_worker_costs_only_time(config, uninterrupted, tmp_path):
-    for stage in ("download", "caption"):
-        assert pipeline(config, tmp_path, stage).returncode == 0
+    copy_inputs(uninterrupted, tmp_path)
     with subprocess.Popen(
         command(config, tmp_path, "encode"), stdout=subprocess.DEVNULL
     ) as process:
@@ -111,8 +118,7 @@ def test_a_killed_worker_costs_only_time(config, uninterrupted, tmp_path):
 
 
 def test_a_poisoned_shard_costs_only_itself(config, uninterrupted, tmp_path):
-    for stage in ("download", "caption"):
-        assert pipeline(config, tmp_path, stage).returncode == 0
+    copy_inputs(uninterrupted, tmp_path)
     tar = tmp_path / "openmoji/images/00002.tar"
     whole = tar.read_bytes()
     tar.write_bytes(whole[:700])
