@@ -30,7 +30,7 @@ def test_the_demos_commands_run_end_to_end_with_few_steps(tmp_path):
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for step in steps:
         if step[0] == "composer":
-            step += ["stages.masked.steps=4", "stages.full.steps=3"]
+            step += ["stages.masked.steps=4", "stages.masked.warmup=2", "stages.full.steps=3"]
         if "training.generate" in step or "training.scores" in step:
             step += ["--steps", "3"]
         if "training.scores" in step:
