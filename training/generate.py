@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import SettingError
+from training.threads import share_cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,6 +135,7 @@ class Painter:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 after a line on standard error that says what to change."""
     options = _parser().parse_args(arguments)
+    share_cores()
     try:
         prompts = read_prompts(options.prompts)
         for name in ("steps", "batch_size"):

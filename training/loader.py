@@ -6,15 +6,17 @@ resumable in the middle of an epoch through its loader's state.
 
 from __future__ import annotations
 
+import functools
 import json
+import mmap
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from streaming import Stream, StreamingDataLoader, StreamingDataset
+from streaming.base.format.mds import MDSReader
 
 from pipeline.core.latents import to_model
 from pipeline.core.manifest import VaeFacts
@@ -22,6 +24,8 @@ from pipeline.core.store import Store
 from training.preflight import Plan, Source, world_size
 from training.randomness import Rows, keyed_seed
 from training.text import TextGroup
+
+OPEN_SHARDS = 1024  # in each loader process; the kernel allows 65,530 maps
 
 
 class Sample(TypedDict):
@@ -48,13 +52,30 @@ class SplitStream(Stream):
 
     def get_shards(self, world, allow_unsafe_types: bool):
         """Readers of the wanted shards only: the others do not exist for the dataset."""
-        shards = super().get_shards(world, allow_unsafe_types)
+        super().get_shards(world, allow_unsafe_types)  # fetches a remote index, checks the types
         with open(os.path.join(self.local, "index.json"), encoding="utf-8") as file:
-            records = json.load(file)["inputs"]
-        pairs = zip(shards, records, strict=True)
+            index = json.load(file)
+        pairs = zip(index["shards"], index["inputs"], strict=True)
         wanted = [(s, r["shard"]) for s, r in pairs if r["split"] == self.wanted_split]
         self.inputs = [name for _, name in wanted]
-        return [shard for shard, _ in wanted]
+        return [MappedReader.from_json(self.local, "", shard) for shard, _ in wanted]
+
+
+class MappedReader(MDSReader):
+    """Maps its file; the library opens it for every sample, which takes longer than reading."""
+
+    def get_sample_data(self, idx: int) -> bytes:
+        """A sample's bytes. Raises FileNotFoundError where the shard was not fetched yet."""
+        data = _mapped(os.path.join(self.dirname, self.raw_data.basename))
+        begin, end = np.frombuffer(data, np.uint32, 2, offset=(1 + idx) * 4)
+        return data[begin:end]
+
+
+@functools.lru_cache(OPEN_SHARDS)
+def _mapped(path: str) -> mmap.mmap:
+    # A shard's name holds its fingerprint: what was mapped once under a name stays right.
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 class LatentText(StreamingDataset):
@@ -125,7 +146,7 @@ def make_loader(dataset: LatentText, workers: int, trimmed: bool) -> StreamingDa
     return StreamingDataLoader(
         dataset,
         batch_size=dataset.batch_size,
-        collate_fn=partial(collate, trimmed=trimmed),
+        collate_fn=functools.partial(collate, trimmed=trimmed),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         persistent_workers=workers > 0,

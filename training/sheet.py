@@ -23,7 +23,7 @@ def contact_sheet(
         cells: caption and its pictures, uint8 (H, W, 3), shown side by side. All of one size, and
             the same number in each cell.
         columns: cells a row; 0 makes the sheet about square.
-        footer: a line at the bottom, for attributions.
+        footer: text at the bottom, for attributions.
     """
     font = ImageFont.load_default(FONT_SIZE)
     beside = len(cells[0][1])
@@ -36,10 +36,10 @@ def contact_sheet(
     cell_height = height + LINE * max(map(len, captions)) + MARGIN
     cell_width = beside * width + MARGIN
     rows = -(-len(cells) // columns)
-    size = (
-        columns * cell_width + MARGIN,
-        rows * cell_height + MARGIN + (LINE + MARGIN if footer else 0),
-    )
+    sheet_width = columns * cell_width + MARGIN
+    closing = textwrap.wrap(footer, sheet_width // 6)
+    bottom = rows * cell_height + MARGIN
+    size = (sheet_width, bottom + LINE * len(closing) + (MARGIN if closing else 0))
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for number, (lines, (_, pictures)) in enumerate(zip(captions, cells, strict=True)):
@@ -50,6 +50,6 @@ def contact_sheet(
             sheet.paste(shown, (left + place * width, top))
         for row, line in enumerate(lines):
             draw.text((left, top + height + row * LINE), line, fill="black", font=font)
-    if footer:
-        draw.text((MARGIN, size[1] - LINE - MARGIN), footer, fill="grey", font=font)
+    for row, line in enumerate(closing):
+        draw.text((MARGIN, bottom + row * LINE), line, fill="grey", font=font)
     return sheet

@@ -19,6 +19,7 @@ from pipeline.core.errors import SettingError
 from training import folder
 from training.config import load
 from training.preflight import check
+from training.threads import share_cores
 
 
 def main(arguments: list[str]) -> int:
@@ -26,6 +27,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2
+    share_cores()
     try:
         config = load(arguments)
         plan = check(config, need_data=not config.dry_run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from pipeline.core.store import Store
 from tests.training.groups import Encoders, make_encoders, make_source, settings
 from training.config import Config, Model, load, resolve
 from training.preflight import MissingData, check
+from training.threads import share_cores
 
 ROOT = Path(__file__).parents[2]
 STARTUP_S = 2.0  # in which an error has to be out
@@ -311,6 +313,28 @@ def test_mistakes_are_one_line_and_quick(
     assert len(result.stderr.splitlines()) == 1
     assert not result.stdout
     assert min(seconds for _, seconds in runs) < STARTUP_S
+
+
+def test_settings_are_checked_without_heavy_imports() -> None:
+    program = (
+        "import sys, training.train, training.generate\n"
+        "print(sorted({'torch', 'composer', 'streaming', 'pyarrow'} & sys.modules.keys()))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_threads_wait_politely_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    share_cores()
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    share_cores()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 
 def test_dry_run_without_data(tmp_path: Path) -> None:
