@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline.core.commits import Commit, differences, read_commits
@@ -171,6 +172,9 @@ def _start(workers: int | None, address: str | None):
     # Ray reads these when it is imported.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    if address is not None and _has_token():
+        # Ray 2.60 sends the token it has only in this mode, and joins in another by default.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import logging
 
     import ray
@@ -191,3 +195,9 @@ def _start(workers: int | None, address: str | None):
     cpus = max(workers or 0, os.cpu_count() or 1)
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
     return ray
+
+
+def _has_token() -> bool:
+    """Whether Ray would find an authentication token: in the environment, or in its own file."""
+    given = (os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    return any(given) or Path.home().joinpath(".ray", "auth_token").is_file()
