@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import SettingError
+from training.threads import share_cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,6 +45,7 @@ class Example:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 after a line on standard error that says what to change."""
     options = _parser().parse_args(arguments)
+    share_cores()
     try:
         from training.generate import Painter
 

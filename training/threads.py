@@ -7,8 +7,8 @@ def share_cores() -> None:
     """Call before torch is imported; what the user has set stays.
 
     Torch's OpenMP threads wait for each other in a busy loop. Where another process holds one of
-    the cores, the loop takes the time that the awaited thread needs: a training step of 0.25 s on
-    two cores took 7 s beside one busy process, and 0.6 s with a wait this short. On idle cores
+    the cores, the loop takes the time that the awaited thread needs: a training step of 0.23 s on
+    two cores took 3 to 7 s beside one busy process, and 0.5 s with a wait this short. On idle cores
     there is no difference.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
