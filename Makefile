@@ -11,7 +11,7 @@ unexport VIRTUAL_ENV PYTHONPATH
 .PHONY: help setup demo check test test-full format tiny-weights clean
 
 help:
-	@echo "make demo        run the whole product on real pictures, about 13 minutes on 2 cores"
+	@echo "make demo        run the whole product on real pictures, about 11 minutes on 2 cores"
 	@echo "make test        quick tests, at most 8 minutes"
 	@echo "make test-full   the slow tests as well, at most 40 minutes"
 	@echo "make check       format, lint, types, import directions"

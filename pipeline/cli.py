@@ -210,7 +210,7 @@ def _run_stage(
     address: str | None,
     stale: bool,
 ) -> bool:
-    """Runs one stage of one source and prints its summary; whether a shard failed."""
+    """Runs one stage of one source and prints its summary; whether the run failed."""
     from pipeline.config import build_stage
     from pipeline.progress import Progress, summarise
     from pipeline.runner import run
@@ -219,7 +219,7 @@ def _run_stage(
     with Progress(f"{name} {config.source}") as progress:
         report = run(stage, root, workers, address, stale, progress)
     summarise(config.source, report)
-    return bool(report.failed)
+    return bool(report.failed) or report.fruitless
 
 
 def _sources_under(root: str) -> list[str]:

@@ -80,5 +80,7 @@ def summarise(source: str, report: Report) -> None:
             f"  stale: {len(report.stale)} shards were made from other inputs; --stale redoes them "
             f"({shard}: {why})"
         )
+    if report.fruitless:
+        print("  failed: every sample was rejected; is it the right setting for this source?")
     for shard, error in sorted(report.failed.items()):
         print(f"  failed: shard {shard}: {error}")

@@ -47,6 +47,11 @@ class Report:
     failed: dict[str, str] = field(default_factory=dict)  # shard -> error
     seconds: float = 0.0
 
+    @property
+    def fruitless(self) -> bool:
+        """Shards were made and every sample of them rejected: a wrong setting, not bad pictures."""
+        return self.shards > 0 and self.samples == 0 and bool(self.rejects)
+
 
 def plan(stage: Stage, store: Store, stale: bool = False) -> Plan:
     """Compares what the stage would make with what is committed."""
@@ -110,7 +115,8 @@ def run(
                 report.shards += 1
                 for commit in outcome.values():
                     report.rejects.update(commit.rejects)
-                report.samples += max(commit.samples for commit in outcome.values())
+                # A picture with a caption but no latent, say, is of no use to anyone.
+                report.samples += min(commit.samples for commit in outcome.values())
             report.seconds = time.monotonic() - started
             progress(report, len(todo.jobs))
     for group in sorted(todo.groups):

@@ -6,15 +6,13 @@ temporary file; on an object store one PUT (or completed multipart upload) is at
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import socket
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 TEMPORARY = ".tmp-"  # marks a file in the making; host, process and a random part follow
 
@@ -75,16 +73,6 @@ class Store:
         if self._fs is None:
             return Path(self.url(path)).read_bytes()
         return self._fs.cat_file(self.url(path))
-
-    @contextlib.contextmanager
-    def open(self, path: str) -> Iterator[BinaryIO]:
-        """A seekable binary reader."""
-        if self._fs is None:
-            with open(self.url(path), "rb") as file:
-                yield file
-        else:
-            with self._fs.open(self.url(path), "rb") as file:
-                yield file  # pyright: ignore[reportReturnType]
 
     def write(self, path: str, data: bytes) -> None:
         """The file appears whole, under its final name, or not at all."""

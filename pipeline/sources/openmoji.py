@@ -52,8 +52,6 @@ STARTER: tuple[str, ...] = (
     *("rose", "sunflower"),
 )
 
-ATTRIBUTION = "Pictures: OpenMoji (openmoji.org), CC BY-SA 4.0"
-
 
 class OpenMoji(BaseModel):
     """Settings of the source; they are part of the fingerprint of every shard it downloads."""

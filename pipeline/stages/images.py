@@ -56,7 +56,6 @@ def write_images(
             "exif": None,
             "sha256": sha256(sample.data),
             "split": shard.split,
-            **sample.extra,
         }
         rows.append(row)
         members += [

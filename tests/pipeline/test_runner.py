@@ -131,6 +131,14 @@ def test_a_poisoned_shard_costs_only_itself(config, uninterrupted, tmp_path):
     assert tree(tmp_path) == uninterrupted
 
 
+def test_a_run_that_rejects_everything_fails(config, uninterrupted, tmp_path):
+    copy_inputs(uninterrupted, tmp_path)
+    result = pipeline(config, tmp_path, "encode", "--resolutions", "256", "--captions", "alt")
+    assert result.returncode == 1
+    assert "rejected: 48 too-small" in result.stdout
+    assert "every sample was rejected" in result.stdout
+
+
 def _workers_of(driver: int) -> list[int]:
     """Processes of the encode actors below a driver, found by Ray's process titles."""
     import psutil
