@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.core import layout
+from pipeline.core.commits import MAX_REJECT_RATE
 from pipeline.core.errors import SettingError, nearest
 from pipeline.sources import SOURCES
 from pipeline.stages import STAGES, Stage
@@ -31,6 +32,7 @@ class EncodeConfig(BaseModel):
     text: str = "full"
     batch_size: int = 16
     seed: int = 0
+    device: str = "cpu"
 
 
 class DataConfig(BaseModel):
@@ -38,6 +40,8 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     source: str
+    #: A shard with a larger share of rejects is not committed: an outage or a wrong setting.
+    max_reject_rate: float = Field(default=MAX_REJECT_RATE, ge=0, le=1)
     download: dict[str, Any] = Field(default_factory=dict)  # the source's own settings
     caption: CaptionConfig = CaptionConfig()
     encode: EncodeConfig = EncodeConfig()
@@ -64,7 +68,10 @@ def load_config(source: str | None, path: Path | None, overrides: dict[str, Any]
         record["source"] = source
     for key, value in overrides.items():
         if value is not None:
-            section, _, name = key.partition(".")
+            section, dot, name = key.partition(".")
+            if not dot:
+                record[section] = value
+                continue
             if not isinstance(record.setdefault(section, {}), dict):
                 raise SettingError(f"{path}: {section} must be a mapping")
             record[section][name] = value
@@ -109,14 +116,14 @@ def build_stage(name: str, config: DataConfig) -> Stage:
     known(name, STAGES, "stage")
     cls = pkgutil.resolve_name(STAGES[name])
     if name == "download":
-        return cls(config.source, source_settings(config))
+        return cls(config.source, source_settings(config), config.max_reject_rate)
     if name == "caption":
-        return cls(config.source, config.caption.captioner)
+        return cls(config.source, config.caption.captioner, config.max_reject_rate)
     from pipeline.stages.encode import EncodeSettings
 
     values = config.encode.model_dump()
     values["resolutions"] = tuple(values["resolutions"])
-    return cls(config.source, EncodeSettings(**values))
+    return cls(config.source, EncodeSettings(**values), config.max_reject_rate)
 
 
 def default_root() -> str:

@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
 
-from pipeline.runner import Report
+from pipeline.core.store import size
+from pipeline.report import Report
 
 LINE_INTERVAL_S = 10.0
+RECENT_S = 300.0  # the rate and the time left are of this long, not of the whole run
 
 
 class Progress:
-    """Called by the runner after each shard; a context manager."""
+    """Called by the runner after each shard, and each second; a context manager."""
 
     def __init__(self, title: str) -> None:
         self.title = title
         self._bar: Bar | None = None
         self._task = None
-        self._last_line = 0.0
+        self._last_line = time.monotonic() - LINE_INTERVAL_S + 2.0
+        self._recent: deque[tuple[float, int, int]] = deque()  # (moment, shards, samples)
         if sys.stderr.isatty():
             self._bar = Bar(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn(
-                    "shards · {task.fields[samples]} samples · {task.fields[rejects]} rejects"
-                ),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(),
                 console=Console(stderr=True),
                 transient=True,
             )
@@ -44,43 +47,91 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def __call__(self, report: Report, total: int) -> None:
-        done = report.shards + len(report.failed)
-        rejects = sum(report.rejects.values())
+    def announce(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def __call__(self, report: Report) -> None:
+        facts = self._facts(report)
         if self._bar is not None:
             if self._task is None:
-                self._task = self._bar.add_task(self.title, total=total, samples=0, rejects=0)
-            self._bar.update(self._task, completed=done, samples=report.samples, rejects=rejects)
+                self._task = self._bar.add_task(self.title, total=report.total, facts="")
+            self._bar.update(self._task, completed=report.finished, facts=facts)
             return
         now = time.monotonic()
-        if total and (done == total or now - self._last_line >= LINE_INTERVAL_S):
-            self._last_line = now
-            rate = report.samples / report.seconds if report.seconds else 0.0
-            left = f", {(total - done) * report.seconds / done:.0f} s left" if done else ""
-            print(
-                f"{self.title}: {done}/{total} shards, {report.samples} samples, "
-                f"{rejects} rejects, {rate:.0f} samples/s{left}",
-                file=sys.stderr,
-                flush=True,
-            )
+        if report.finished == report.total or now - self._last_line >= LINE_INTERVAL_S:
+            if report.finished < report.total or self._last_line >= 0:
+                done = f"{report.finished}/{report.total}"
+                print(f"{self.title}: {done} shards · {facts}", file=sys.stderr, flush=True)
+            self._last_line = now if report.finished < report.total else float("-inf")
+
+    def _facts(self, report: Report) -> str:
+        rate, left = self._recently(report)
+        facts = [
+            f"{report.samples} samples",
+            f"{rate:.0f} samples/s",
+            f"{sum(report.rejects.values())} rejects",
+            f"{report.workers} workers" if report.workers else "workers are starting",
+        ]
+        if report.failed:
+            facts.append(f"{report.failed} failed")
+        if report.stopped:
+            facts.append("finishing the shards in hand")
+        elif left is not None and report.finished < report.total:
+            facts.append(f"{duration(left)} left")
+        return " · ".join(facts)
+
+    def _recently(self, report: Report) -> tuple[float, float | None]:
+        """Samples a second, and the seconds left, at the pace of the last minutes."""
+        now = report.seconds
+        if not self._recent or self._recent[-1][1] != report.finished:
+            self._recent.append((now, report.finished, report.samples))
+        while len(self._recent) > 2 and now - self._recent[0][0] > RECENT_S:
+            self._recent.popleft()
+        since, shards, samples = self._recent[0]
+        passed, made = now - since, report.finished - shards
+        if passed <= 0 or made <= 0:
+            return 0.0, None
+        return (report.samples - samples) / passed, (report.total - report.finished) * passed / made
 
 
-def summarise(source: str, report: Report) -> None:
-    """The facts of a finished run, a line each, on standard output."""
+def summarise(report: Report) -> None:
+    """The facts of a finished run on standard output: a line, and what needs attention."""
     rate = f", {report.samples / report.seconds:.0f} samples/s" if report.samples else ""
+    elsewhere = f"{report.elsewhere} made by another run, " if report.elsewhere else ""
     print(
-        f"{report.stage} {source}: {report.shards} shards made ({report.samples} samples{rate}), "
-        f"{report.skipped} already done, {len(report.failed)} failed, {report.seconds:.1f} s"
+        f"{report.stage} {report.source}: {report.shards} shards made ({report.samples} samples"
+        f"{rate}), {report.skipped} already done, {elsewhere}{report.failed} failed, "
+        f"{report.seconds:.1f} s"
     )
-    for reason, count in sorted(report.rejects.items()):
-        print(f"  rejected: {count} {reason} (see rejects/ in the group)")
-    if report.stale:
-        shard, why = next(iter(report.stale.items()))
-        print(
-            f"  stale: {len(report.stale)} shards were made from other inputs; --stale redoes them "
-            f"({shard}: {why})"
-        )
-    if report.fruitless:
-        print("  failed: every sample was rejected; is it the right setting for this source?")
-    for shard, error in sorted(report.failed.items()):
-        print(f"  failed: shard {shard}: {error}")
+    if report.rejects or report.stale or report.failures or report.retries:
+        table = Table("", "count", "what")
+        table.columns[1].justify = "right"
+        for reason, count in sorted(report.rejects.items()):
+            table.add_row("rejected", str(count), f"{reason} (rejects/ in the group says which)")
+        for reason, count in report.stale.most_common():
+            table.add_row("stale", str(count), f"shards: {reason}; --stale redoes them")
+        if report.retries:
+            table.add_row("retried", str(report.retries), "shards, after an error or a dead worker")
+        for shard, error in sorted(report.failures.items()):
+            table.add_row("failed", "1", f"shard {shard}: {error}")
+        if report.failed > len(report.failures):
+            rest = report.failed - len(report.failures)
+            table.add_row("failed", str(rest), "more shards; failures/ in the group says which")
+        console().print(table)
+    if report.bytes:
+        print(f"  wrote {size(report.bytes)} with {report.workers} workers")
+
+
+def console() -> Console:
+    """As wide as the terminal, and wide enough for a log where there is none."""
+    return Console(width=None if Console().is_terminal else 160, markup=False)
+
+
+def duration(seconds: float) -> str:
+    """3 s, 4 min 05 s, 2 h 07 min, 3 d 04 h."""
+    whole = round(seconds)
+    for unit, below, small in ((86400, 3600, "d h"), (3600, 60, "h min"), (60, 1, "min s")):
+        if whole >= unit:
+            first, second = small.split()
+            return f"{whole // unit} {first} {whole % unit // below:02d} {second}"
+    return f"{whole} s"

@@ -8,177 +8,392 @@ worker that dies costs its shard a retry; a shard that keeps failing is reported
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.commits import Commit, differences, read_commits
-from pipeline.core.errors import SettingError
+from pipeline.core import failures, lease
+from pipeline.core.catalog import Catalog
+from pipeline.core.commits import Commit, read_commit
+from pipeline.core.errors import SettingError, StorageError, TooManyRejects
 from pipeline.core.groups import publish
 from pipeline.core.store import Store, fingerprint
+from pipeline.plan import Choice, Plan, plan, preflight
+from pipeline.report import Report
 from pipeline.stages import Job, Stage
 
 ATTEMPTS = 3  # of a shard, before it is reported as failed
+GRACE_S = 12.0  # a stopped run lets the shards in hand finish this long; it must end within 20 s
+PUBLISH_EVERY_S = 600.0  # so that training can begin on what is there, days before the end
+LOOK_EVERY_S = 30.0  # for workers that the cluster has room for by now
 
 
-@dataclass
-class Plan:
-    """What a run will do, from the commits alone."""
+@dataclass(frozen=True)
+class Options:
+    """How to run, none of which decides a byte."""
 
-    jobs: list[Job] = field(default_factory=list)  # missing shards, with their missing groups
-    groups: set[str] = field(default_factory=set)  # every output group of the stage
-    done: int = 0  # shards with nothing to do
-    stale: dict[str, str] = field(default_factory=dict)  # shard -> why; redone only if asked
-
-
-@dataclass
-class Report:
-    """What a run did."""
-
-    stage: str
-    shards: int = 0
-    skipped: int = 0
-    samples: int = 0
-    rejects: Counter[str] = field(default_factory=Counter)
-    stale: dict[str, str] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)  # shard -> error
-    seconds: float = 0.0
-
-    @property
-    def fruitless(self) -> bool:
-        """Shards were made and every sample of them rejected: a wrong setting, not bad pictures."""
-        return self.shards > 0 and self.samples == 0 and bool(self.rejects)
-
-
-def plan(stage: Stage, store: Store, stale: bool = False) -> Plan:
-    """Compares what the stage would make with what is committed."""
-    result = Plan()
-    commits: dict[str, dict[str, Commit]] = {}
-    for job in stage.plan(store):
-        missing: dict[str, dict[str, Any]] = {}
-        for group, inputs in job.groups.items():
-            result.groups.add(group)
-            if group not in commits:
-                commits[group] = read_commits(store, group)
-            commit = commits[group].get(job.shard.id)
-            if commit is None:
-                missing[group] = inputs
-            elif commit.fingerprint != fingerprint(inputs):
-                reasons = differences(commit.inputs, inputs)
-                result.stale[f"{group}/{job.shard.id}"] = "; ".join(reasons)
-                if stale:
-                    missing[group] = inputs
-        if missing:
-            result.jobs.append(Job(job.shard, missing))
-        else:
-            result.done += 1
-    return result
+    workers: int | None = None  # default: every CPU (or GPU, for a stage that needs them)
+    address: str | None = None  # a running Ray cluster; None starts a private one
+    choice: Choice = field(default_factory=Choice)
+    join: bool = False  # work beside another run of the same groups
+    quota: int | None = None  # bytes that the root may hold
+    shard_timeout_s: float | None = None  # a shard that takes longer is tried again
+    dashboard: bool = False  # Ray's, on a private cluster
+    command: str = ""  # what to tell others about this run
 
 
 def run(
     stage: Stage,
     root: str,
-    workers: int | None = None,
-    address: str | None = None,
-    stale: bool = False,
-    progress: Callable[[Report, int], None] = lambda report, total: None,
+    options: Options = Options(),
+    progress: Callable[[Report], None] = lambda report: None,
+    announce: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Does what is left of a stage, then publishes its groups.
 
     Args:
-        workers: actors of one CPU each; default is every CPU Ray offers.
-        address: a running Ray cluster; None starts a private one on this machine.
-        stale: also redo shards whose inputs changed since they were made.
-        progress: called after each shard with the report so far and the number of pending shards.
+        progress: called with the report after each shard, and at least each second.
+        announce: called with a line that says what the run will need, before it begins.
 
     Raises:
-        SettingError: no cluster at `address`, or nothing to work on.
+        SettingError: no cluster at `address`, nothing to work on, another run holds a group, or
+            the disk is too small.
+        StorageError: the root failed. What was committed until then stays.
     """
     store = Store(root)
-    todo = plan(stage, store, stale)
-    if not todo.jobs and not todo.done:
-        raise SettingError(f"{stage.name}: no input under {store.root}; run the stage before it")
-    for group in todo.groups:
-        for folder in (group, f"{group}/commits", f"{group}/rejects"):
-            store.remove_leftovers(folder)
-    report = Report(stage.name, skipped=todo.done, stale={} if stale else todo.stale)
-    started = time.monotonic()
-    progress(report, len(todo.jobs))
-    if todo.jobs:
-        for job, outcome in _execute(stage, store.root, todo.jobs, workers, address):
-            if isinstance(outcome, str):
-                report.failed[job.shard.id] = outcome
-            else:
-                report.shards += 1
-                for commit in outcome.values():
-                    report.rejects.update(commit.rejects)
-                # A picture with a caption but no latent, say, is of no use to anyone.
-                report.samples += min(commit.samples for commit in outcome.values())
-            report.seconds = time.monotonic() - started
-            progress(report, len(todo.jobs))
-    for group in sorted(todo.groups):
-        manifest = stage.manifest(group)
-        if manifest is not None:
-            publish(store, group, manifest)
-    report.seconds = time.monotonic() - started
+    groups = stage.groups()
+    with lease.held(store, groups, options.command, options.join):
+        catalog = Catalog(store)
+        todo = plan(stage, catalog, options.choice)
+        if not todo.pending and not todo.done:
+            raise SettingError(
+                f"{stage.name}: no input under {store.root}; run the stage before it"
+            )
+        report = Report(stage.name, stage.source, total=len(todo.pending), skipped=todo.done)
+        if not (options.choice.stale or options.choice.force):
+            report.stale = todo.stale
+        for group in groups:
+            remove_leftovers(store, group, alone=not options.join)
+        if todo.pending:
+            announce(preflight(stage, store, todo, options.quota))
+            with _Signals(report) as signals:
+                _work(stage, catalog, todo, options, report, progress, signals)
+        if not report.stopped:
+            _publish(stage, store, groups)
+        report.seconds = time.time() - report.started_at
+        if todo.pending:
+            report.write(store)
     return report
 
 
-def _execute(
-    stage: Stage, root: str, jobs: list[Job], workers: int | None, address: str | None
-) -> Iterator[tuple[Job, dict[str, Commit] | str]]:
-    """(job, its commits or an error text) as they finish."""
-    ray: Any = _start(workers, address)
+def remove_leftovers(store: Store, group: str, alone: bool) -> None:
+    for folder in ("", "/commits", "/rejects", "/leases", "/failures"):
+        store.remove_leftovers(group + folder, alone)
+
+
+def _publish(stage: Stage, store: Store, groups: list[str]) -> None:
+    for group in groups:
+        if store.names(f"{group}/commits"):
+            publish(store, group, stage.manifest(group))
+
+
+def _work(
+    stage: Stage,
+    catalog: Catalog,
+    todo: Plan,
+    options: Options,
+    report: Report,
+    progress: Callable[[Report], None],
+    signals: _Signals,
+) -> None:
+    store = catalog.store
+    failing = {shard for group in todo.groups.values() for shard in group.failing}
+    published = time.monotonic()
+    ray = _start(options)
+    signals.arm()
+    pool = _Pool(ray, stage, store, options, report)
     try:
-        cpus = int(ray.cluster_resources().get("CPU", 1))
-        count = max(1, min(workers or cpus, len(jobs)))
-        # One thread a worker: more workers, same bytes.
-        actor = ray.remote(num_cpus=1, max_restarts=0)(_Worker)
-        queue = [(job, 1) for job in reversed(jobs)]
-        idle = [actor.remote(stage, root) for _ in range(count)]
-        running: dict[Any, tuple[Any, Job, int]] = {}
-        while queue or running:
-            while queue and idle:
-                worker, (job, attempt) = idle.pop(), queue.pop()
-                running[worker.run.remote(job)] = (worker, job, attempt)
-            (ready,), _ = ray.wait(list(running), num_returns=1)
-            worker, job, attempt = running.pop(ready)
-            try:
-                outcome: dict[str, Commit] | str = ray.get(ready)
-            except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, SettingError):
-                    raise error.cause from None
-                outcome = f"{type(error.cause).__name__}: {error.cause}"
-            except ray.exceptions.RayError as error:
-                outcome = f"worker died: {type(error).__name__}"
-                worker = actor.remote(stage, root)
-            idle.append(worker)
-            if isinstance(outcome, str) and attempt < ATTEMPTS:
-                queue.insert(0, (job, attempt + 1))
-            else:
-                yield job, outcome
+        for outcome in pool.outcomes(todo.jobs(stage, catalog)):
+            if outcome is not None:
+                job, found = outcome
+                groups = list(job.groups)
+                if isinstance(found, _Failure):
+                    report.fail(job.shard.id, found.error)
+                    failures.record(store, groups, job.shard.id, found.error, found.attempts)
+                else:
+                    if found.made:
+                        report.add(found.commits)
+                    else:
+                        report.elsewhere += 1
+                    report.counters.update(found.counters)
+                    if job.shard.id in failing:
+                        failures.clear(store, groups, job.shard.id)
+            report.seconds = time.time() - report.started_at
+            progress(report)
+            if time.monotonic() - published > PUBLISH_EVERY_S:
+                _publish(stage, store, stage.groups())
+                published = time.monotonic()
     finally:
+        pool.close()
         ray.shutdown()
+        for group in stage.groups():  # of workers that died, or were stopped, in the middle
+            remove_leftovers(store, group, alone=not options.join)
+
+
+@dataclass(frozen=True)
+class _Made:
+    commits: dict[str, Commit]
+    made: bool  # by this worker; else another run had made it already
+    counters: Counter[str]
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: str
+    attempts: int
+
+
+@dataclass
+class _InHand:
+    worker: Any
+    job: Job
+    attempt: int
+    since: float
+
+
+class _Pool:
+    """Workers, and the shards in their hands."""
+
+    def __init__(
+        self, ray: Any, stage: Stage, store: Store, options: Options, report: Report
+    ) -> None:
+        self.ray, self.options, self.report = ray, options, report
+        actor = ray.remote(num_cpus=1, num_gpus=stage.gpus, max_restarts=0)(_Worker)
+        self._new = lambda: actor.remote(stage, store.root, options.choice.force)
+        self._gpus, self._local = stage.gpus, store.local
+        self._opening: dict[Any, Any] = {}  # reference -> worker that loads its weights
+        self._idle: list[Any] = []
+        self._running: dict[Any, _InHand] = {}
+        self._opening_failed = 0
+        self._looked = 0.0
+
+    def outcomes(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, _Made | _Failure] | None]:
+        """(job, what became of it) as they finish; None at least each second."""
+        again: deque[tuple[Job, int]] = deque()
+        waiting = next(jobs, None)
+        deadline = None
+        while waiting or again or self._running:
+            if self.report.stopped:
+                deadline = deadline or time.monotonic() + GRACE_S
+                if not self._running or time.monotonic() > deadline:
+                    return
+            else:
+                self._grow()
+                while self._idle and (again or waiting):
+                    if again:
+                        job, attempt = again.popleft()
+                    else:
+                        assert waiting is not None
+                        job, attempt = waiting, 1
+                        waiting = next(jobs, None)
+                    self._submit(job, attempt)
+            references = [*self._running, *self._opening]
+            ready, _ = self.ray.wait(references, num_returns=1, timeout=0.5)
+            for reference in ready:
+                if reference in self._opening:
+                    self._opened(reference)
+                    continue
+                hand = self._running.pop(reference)
+                found = self._outcome(reference, hand)
+                if isinstance(found, _Failure) and found.attempts < ATTEMPTS:
+                    if not self.report.stopped:
+                        self.report.retries += 1
+                        again.append((hand.job, hand.attempt + 1))
+                else:
+                    yield hand.job, found
+            self._kill_late()
+            yield None
+
+    def close(self) -> None:
+        for worker in [*self._idle, *self._opening.values()]:
+            self.ray.kill(worker)
+        for hand in self._running.values():
+            self.ray.kill(hand.worker)
+
+    def _grow(self) -> None:
+        """As many workers as asked for, or as the cluster has room for: it may grow or shrink."""
+        now = time.monotonic()
+        if self._looked and now - self._looked < LOOK_EVERY_S:
+            return
+        self._looked = now
+        total = self.ray.cluster_resources()
+        room = total.get("CPU", 1)
+        if self._gpus:
+            room = min(room, total.get("GPU", 0) / self._gpus)
+            if not room and self.options.address is None:
+                raise SettingError(
+                    "device=cuda: this machine offers Ray no GPU; use --device cpu, or --address "
+                    "of a cluster that has some"
+                )
+        here = len(self._idle) + len(self._opening) + len(self._running)
+        for _ in range(min(self.options.workers or max(1, int(room)), self.report.total) - here):
+            self._open()
+
+    def _open(self) -> None:
+        worker = self._new()
+        self._opening[worker.open.remote()] = worker
+
+    def _opened(self, reference: Any) -> None:
+        worker = self._opening.pop(reference)
+        try:
+            self.ray.get(reference)
+        except self.ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, (SettingError, StorageError)):
+                raise error.cause from None
+            raise RuntimeError(f"a worker could not open {self.report.stage}: {error}") from None
+        except self.ray.exceptions.RayError as error:
+            self._opening_failed += 1
+            if self._opening_failed > 10 * ATTEMPTS:
+                raise RuntimeError(f"workers die as they start: {error}") from None
+            self._open()
+            return
+        self._opening_failed = 0
+        self._idle.append(worker)
+        self._count()
+
+    def _submit(self, job: Job, attempt: int) -> None:
+        worker = self._idle.pop()
+        reference = worker.run.remote(job)
+        self._running[reference] = _InHand(worker, job, attempt, time.monotonic())
+
+    def _outcome(self, reference: Any, hand: _InHand) -> _Made | _Failure:
+        attempts = hand.attempt
+        try:
+            found = self.ray.get(reference)
+        except self.ray.exceptions.RayTaskError as error:
+            self._idle.append(hand.worker)
+            cause = error.cause
+            if isinstance(cause, SettingError):
+                raise cause from None
+            if isinstance(cause, StorageError) and (self._local or attempts >= ATTEMPTS):
+                raise cause from None
+            if isinstance(cause, TooManyRejects):
+                attempts = ATTEMPTS  # the same samples will be rejected again
+            return _Failure(f"{type(cause).__name__}: {cause}", attempts)
+        except self.ray.exceptions.RayError as error:
+            if not self.report.stopped:
+                self._open()
+            self._count()
+            return _Failure(f"worker died: {type(error).__name__}", attempts)
+        self._idle.append(hand.worker)
+        return found
+
+    def _kill_late(self) -> None:
+        limit = self.options.shard_timeout_s
+        for hand in self._running.values():
+            if limit is not None and time.monotonic() - hand.since > limit:
+                self.ray.kill(hand.worker)
+
+    def _count(self) -> None:
+        self.report.workers = len(self._idle) + len(self._running)
 
 
 class _Worker:
     """An actor: opens the stage once, then makes shards."""
 
-    def __init__(self, stage: Stage, root: str) -> None:
-        self.work = stage.open(Store(root))
+    def __init__(self, stage: Stage, root: str, force: bool) -> None:
+        self.stage, self.root, self.force = stage, root, force
 
-    def run(self, job: Job) -> dict[str, Commit]:
-        return self.work(job)
+    def open(self) -> None:
+        from ray.util.metrics import Counter as Metric
+
+        self.store = Store(self.root)
+        self.work = self.stage.open(self.store)
+        tags = {"stage": self.stage.name, "source": self.stage.source}
+        self._metrics = {
+            name: Metric(f"pipeline_{name}", text, tuple(tags)) for name, text in _METRICS.items()
+        }
+        for metric in self._metrics.values():
+            metric.set_default_tags(tags)
+
+    def run(self, job: Job) -> _Made:
+        wanted = job if self.force else self._left(job)
+        if not wanted.groups:
+            return _Made({}, False, Counter())
+        commits = self.work(wanted)
+        counted = {
+            "shards": 1,
+            "samples": min(commit.samples for commit in commits.values()),
+            "rejects": sum(sum(commit.rejects.values()) for commit in commits.values()),
+            "bytes": sum(commit.bytes() for commit in commits.values()),
+        }
+        for name, count in counted.items():
+            if count:
+                self._metrics[name].inc(count)
+        counters, self.work.counters = self.work.counters, Counter()
+        return _Made(commits, True, counters)
+
+    def _left(self, job: Job) -> Job:
+        """Without what another run, or an orphan of a dead one, has committed since the plan."""
+        left = {}
+        for group, inputs in job.groups.items():
+            commit = read_commit(self.store, group, job.shard.id)
+            if commit is None or commit.fingerprint != fingerprint(inputs):
+                left[group] = inputs
+        return replace(job, groups=left)
 
 
-def _start(workers: int | None, address: str | None):
+#: Counters in Ray's dashboard and Prometheus, as ray_pipeline_NAME_total, by stage and source.
+_METRICS = {
+    "shards": "Shards committed.",
+    "samples": "Samples committed.",
+    "rejects": "Samples rejected.",
+    "bytes": "Bytes written.",
+}
+
+
+class _Signals:
+    """SIGTERM and SIGINT stop the run after the shards in hand; a second one stops it at once."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        self.before = {number: signal.getsignal(number) for number in _STOP}
+        self.arm()
+        return self
+
+    def arm(self) -> None:
+        """Again after ray.init, which puts a handler of its own in place."""
+        if threading.current_thread() is threading.main_thread():
+            for number in _STOP:
+                signal.signal(number, self._stop)
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, _: object) -> None:
+        if self.report.stopped:
+            os._exit(128 + number)
+        self.report.stopped = signal.Signals(number).name
+
+
+_STOP = (signal.SIGTERM, signal.SIGINT)
+
+
+def _start(options: Options) -> Any:
     # Ray reads these when it is imported.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    if address is not None and _has_token():
+    if options.address is not None and _has_token():
         # Ray 2.60 sends the token it has only in this mode, and joins in another by default.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     import logging
@@ -186,20 +401,20 @@ def _start(workers: int | None, address: str | None):
     import ray
     import ray.exceptions
 
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address is not None:
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if options.address is not None:
         try:
-            ray.init(address=address, **options)
+            ray.init(address=options.address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise SettingError(
-                f"--address {address}: {first} (Ray asks for a token: set RAY_AUTH_TOKEN, or "
-                "RAY_AUTH_TOKEN_PATH to its file; `ray get-auth-token` on the head prints it)"
+                f"--address {options.address}: {first} (Ray asks for a token: set RAY_AUTH_TOKEN, "
+                "or RAY_AUTH_TOKEN_PATH to its file; `ray get-auth-token` on the head prints it)"
             ) from error
         return ray
     # "local": a leftover session file would otherwise make Ray join a cluster that is gone.
-    cpus = max(workers or 0, os.cpu_count() or 1)
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+    cpus = max(options.workers or 0, os.cpu_count() or 1)
+    ray.init(address="local", num_cpus=cpus, include_dashboard=options.dashboard, **quiet)
     return ray
 
 

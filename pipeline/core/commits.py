@@ -7,14 +7,19 @@ interrupted and an uninterrupted run leave the same bytes; times are in the run 
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline.core.errors import SettingError
+from pipeline.core import summary
+from pipeline.core.errors import BrokenShard, SettingError, TooManyRejects
 from pipeline.core.samples import InputShard, Reject
 from pipeline.core.store import Store, fingerprint, sha256
 
 SCHEMA = 1
+MAX_REJECT_RATE = 0.9  # of a shard; a whole shard of dead links is an outage, not bad pictures
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Commit:
     shard: str
     split: str
     fingerprint: str
-    inputs: dict[str, Any]  # what the fingerprint is over: config, weights, upstream fingerprints
+    inputs: dict[str, Any]  # what the fingerprint is over: config, weights, upstream contents
     files: dict[str, dict[str, Any]]  # name in the group -> {"bytes": int, "sha256": str}
     samples: int
     keys_sha256: str  # over the sample keys in order, newline-separated
@@ -33,24 +38,72 @@ class Commit:
     counters: dict[str, int] = field(default_factory=dict)  # further counts a stage reports
     schema: int = SCHEMA
 
+    def content(self) -> str:
+        """16 hex digits over the data files: what a stage that reads them depends on.
 
-def read_commits(store: Store, group: str) -> dict[str, Commit]:
-    """Shard id -> commit, in order of id.
+        Not the fingerprint: a shard redone to the same bytes leaves what was made of it valid, and
+        one redone to others (a refetched link) does not.
+        """
+        hashes = {n: f["sha256"] for n, f in self.files.items() if not n.startswith("rejects/")}
+        return fingerprint(hashes)
+
+    def bytes(self) -> int:
+        return sum(file["bytes"] for file in self.files.values())
+
+    def file(self, ending: str) -> str:
+        """The name of its data file with this ending.
+
+        Raises:
+            KeyError: it has none.
+        """
+        for name in self.files:
+            if name.endswith(ending) and not name.startswith("rejects/"):
+                return name
+        raise KeyError(ending)
+
+
+def scan(store: Store, group: str) -> Iterator[Commit]:
+    """Every commit of a group, in order of shard, one at a time.
 
     Raises:
         SettingError: a record was written by a newer version of this package.
     """
-    commits = {}
-    for name in store.names(f"{group}/commits"):
-        path = f"{group}/commits/{name}"
-        record = store.read_json(path)
-        if record.get("schema", 0) > SCHEMA:
-            raise SettingError(
-                f"{store.url(path)}: schema {record['schema']}, this version reads up to {SCHEMA}; "
-                "upgrade the package"
-            )
-        commits[record["shard"]] = Commit(**record)
-    return commits
+    for path, data in summary.records(store, group):
+        yield _parse(store, path, data)
+
+
+def read_commits(store: Store, group: str) -> dict[str, Commit]:
+    """Shard id -> commit, in order of id: all in memory, for small groups."""
+    return {commit.shard: commit for commit in scan(store, group)}
+
+
+def read_commit(store: Store, group: str, shard: str) -> Commit | None:
+    """One shard's commit, or None where it has none."""
+    path = f"{group}/commits/{shard}.json"
+    try:
+        return _parse(store, path, store.read(path))
+    except FileNotFoundError:
+        return None
+
+
+def read_file(store: Store, group: str, commit: Commit, ending: str) -> bytes:
+    """A committed data file, as it was committed.
+
+    Raises:
+        BrokenShard: it is gone, or its bytes are not those of the record.
+    """
+    name = commit.file(ending)
+    try:
+        data = store.read(f"{group}/{name}")
+    except FileNotFoundError:
+        data = None
+    if data is None or sha256(data) != commit.files[name]["sha256"]:
+        what = "is missing" if data is None else "differs from its commit record"
+        raise BrokenShard(
+            f"{store.url(f'{group}/{name}')} {what}; `pipeline verify --repair` puts the shard "
+            "back to what is left to do"
+        )
+    return data
 
 
 def write_shard(
@@ -63,48 +116,100 @@ def write_shard(
     rejects: list[Reject],
     index: dict[str, Any] | None = None,
     counters: dict[str, int] | None = None,
+    max_reject_rate: float = MAX_REJECT_RATE,
 ) -> Commit:
     """Data files first, then the rejects, last the commit record.
 
     A run that dies on the way leaves files that no commit names; the rerun writes the same names.
+
+    Raises:
+        TooManyRejects: more than `max_reject_rate` of the shard's samples were rejected.
     """
+    reasons = dict(sorted(Counter(reject.reason for reject in rejects).items()))
+    total = len(rejects) + len(keys)
+    if len(rejects) > max_reject_rate * total:
+        found = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        raise TooManyRejects(
+            f"{len(rejects)} of {total} samples rejected ({found}; e.g. {rejects[0].key}: "
+            f"{rejects[0].detail}), more than max_reject_rate={max_reject_rate}; not committed"
+        )
+    if rejects:
+        files = {**files, f"rejects/{shard.id}-{fingerprint(inputs)}.parquet": _table(rejects)}
     for name, data in files.items():
         store.write(f"{group}/{name}", data)
-    reasons: dict[str, int] = {}
-    for reject in rejects:
-        reasons[reject.reason] = reasons.get(reject.reason, 0) + 1
-    hashes = {name: {"bytes": len(d), "sha256": sha256(d)} for name, d in files.items()}
-    if rejects:
-        data = _rejects_table(rejects)
-        name = f"rejects/{shard.id}.parquet"
-        store.write(f"{group}/{name}", data)
-        hashes[name] = {"bytes": len(data), "sha256": sha256(data)}
     commit = Commit(
         shard=shard.id,
         split=shard.split,
         fingerprint=fingerprint(inputs),
         inputs=inputs,
-        files=hashes,
+        files={name: {"bytes": len(d), "sha256": sha256(d)} for name, d in files.items()},
         samples=len(keys),
-        keys_sha256=sha256("\n".join(keys).encode()),
-        rejects=dict(sorted(reasons.items())),
+        keys_sha256=keys_hash(keys),
+        rejects=reasons,
         index=index,
         counters=counters or {},
     )
-    store.write_json(f"{group}/commits/{shard.id}.json", asdict(commit))
+    store.write_json(commit_path(group, shard.id), asdict(commit))
     return commit
 
 
+def commit_path(group: str, shard: str) -> str:
+    return f"{group}/commits/{shard}.json"
+
+
+def keys_hash(keys: list[str]) -> str:
+    return sha256("\n".join(keys).encode())
+
+
+def plain_stem(store: Store, group: str, shard: str, files: dict[str, bytes]) -> str:
+    """The stem of data files that other tools find by img2dataset's names: "00000".
+
+    Those names are free for the first generation of a shard. A later one whose bytes differ gets a
+    name of its own, so that no committed file is ever overwritten.
+
+    Args:
+        files: ending -> bytes, e.g. {".tar": ...}.
+    """
+    commit = read_commit(store, group, shard)
+    hashes = {ending: sha256(data) for ending, data in files.items()}
+    named = {} if commit is None else commit.files
+    same = all(named.get(shard + e, {}).get("sha256") == hashes[e] for e in hashes)
+    return shard if commit is None or same else f"{shard}-{fingerprint(hashes)}"
+
+
+#: Inputs that name the content of what a stage read: their values say nothing to a person.
+_UPSTREAM = {"images": "images were made anew", "captions_made": "captions were made anew"}
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Why a shard is stale: "name: old -> new" for every input that differs."""
+    """Why a shard is stale: "name: old -> new" for every input that differs, in words."""
     changes = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            changes += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            changes.append(f"{prefix}{key}: {_short(a)} -> {_short(b)}")
+        if a == b:
+            continue
+        name = f"{prefix}{key}"
+        if key in _UPSTREAM and a and b:
+            changes.append(_UPSTREAM[key])
+        elif key == "dropped":
+            changes.append("samples were dropped")
+        elif isinstance(a, dict) and isinstance(b, dict):
+            changes += differences(a, b, f"{name}.")
+        elif key.endswith("sha256"):
+            changes.append(f"{name.removesuffix('_sha256').replace('.', ' ')} hash differs")
+        else:
+            changes.append(f"{name}: {_short(a)} -> {_short(b)}")
     return changes
+
+
+def _parse(store: Store, path: str, data: bytes) -> Commit:
+    record = json.loads(data)
+    if record.get("schema", 0) > SCHEMA:
+        raise SettingError(
+            f"{store.url(path)}: schema {record['schema']}, this version reads up to {SCHEMA}; "
+            "upgrade the package"
+        )
+    return Commit(**record)
 
 
 def _short(value: Any) -> str:
@@ -112,7 +217,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _rejects_table(rejects: list[Reject]) -> bytes:
+def _table(rejects: list[Reject]) -> bytes:
     import pyarrow as pa
 
     from pipeline.core.tables import to_parquet

@@ -1,4 +1,4 @@
-"""Errors that a person can mend: one line that names the setting, its value and the remedy."""
+"""Errors with a remedy, of which commands print the message alone, and what each does to a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,23 @@ from collections.abc import Iterable
 
 
 class SettingError(ValueError):
-    """A setting that cannot be used. Commands print the message alone and exit 2."""
+    """A setting that cannot be used: name, value, remedy. The command ends with exit 2."""
+
+
+class StorageError(RuntimeError):
+    """A root that cannot be read or written: full, read-only, forbidden, unreachable.
+
+    It concerns every shard alike, so a run stops at it, with exit 1; rerunning goes on.
+    """
+
+
+class BrokenShard(RuntimeError):
+    """A committed file that is gone or differs from its record. It concerns its shard alone."""
+
+
+class TooManyRejects(RuntimeError):
+    """A shard whose samples were nearly all rejected: an outage or a wrong setting, not bad
+    pictures. It is not committed, so that a rerun tries again."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

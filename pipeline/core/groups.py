@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-from pipeline.core import mds
-from pipeline.core.commits import Commit, read_commits
+from collections import Counter
+
+from pipeline.core import mds, summary
+from pipeline.core.commits import Commit, scan
 from pipeline.core.manifest import Manifest, write_manifest
-from pipeline.core.store import Store
+from pipeline.core.store import Store, canonical_json
 
 
-def publish(store: Store, group: str, manifest: Manifest) -> None:
+def publish(store: Store, group: str, manifest: Manifest | None) -> None:
     """Writes manifest.json, then index.json, over every committed shard.
 
     index.json carries, under "inputs", one record for each of its shards: the input shard, its
-    split and, in text groups, the parquet that maps keys to rows.
+    split and the parquet that maps keys to rows. Two runs may publish at once: each looks again
+    after it wrote, so the last one to write has seen every commit.
+
+    Args:
+        manifest: the group's passport; None for tars and captions, which have no index.
     """
-    commits = [c for c in read_commits(store, group).values() if c.index is not None]
-    splits: dict[str, int] = {}
-    for commit in commits:
-        splits[commit.split] = splits.get(commit.split, 0) + commit.samples
-    counts = {
-        "samples": sum(splits.values()),
-        "splits": splits,
-        "shards": len(commits),
-    }
+    while True:
+        before = store.entries(f"{group}/commits")
+        if manifest is not None:
+            _publish(store, group, manifest)
+        summary.write(store, group)
+        if store.entries(f"{group}/commits") == before:
+            return
+
+
+def _publish(store: Store, group: str, manifest: Manifest) -> None:
+    splits: Counter[str] = Counter()
+    shards: list[bytes] = []  # as JSON: a tenth of what ten thousand dicts take
+    inputs: list[bytes] = []
+    for commit in scan(store, group):
+        if commit.index is not None:
+            splits[commit.split] += commit.samples
+            shards.append(canonical_json(commit.index))
+            inputs.append(canonical_json(_input(commit)))
+    counts = {"samples": splits.total(), "splits": dict(splits), "shards": len(shards)}
     write_manifest(store, group, manifest.model_copy(update=counts))
-    entries = [commit.index for commit in commits if commit.index is not None]
-    extra = {"inputs": [_input(commit) for commit in commits]}
-    store.write_json(f"{group}/index.json", mds.index(entries, extra))
+    store.write(f"{group}/index.json", mds.index(shards, inputs))
 
 
 def _input(commit: Commit) -> dict[str, str]:
-    record = {"shard": commit.shard, "split": commit.split}
-    join = [name for name in commit.files if name.endswith(".parquet") and "/" not in name]
-    return record | ({"keys": join[0]} if join else {})
+    return {"shard": commit.shard, "split": commit.split, "keys": commit.file(".parquet")}

@@ -60,9 +60,11 @@ def encode_shard(
     return data, {**config, "samples": len(bodies), "raw_data": raw, "zip_data": None}
 
 
-def index(entries: list[dict[str, Any]], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """index.json over shard entries; `extra` becomes top-level keys, which MDS readers ignore."""
-    return {"version": 2, "shards": entries, **extra}
+def index(entries: list[bytes], inputs: list[bytes]) -> bytes:
+    """index.json over shard entries, each as JSON; `inputs`, one beside each entry, becomes a
+    top-level key, which MDS readers ignore."""
+    head = b'{"version": 2,\n"shards": [\n' + b",\n".join(entries)
+    return head + b'\n],\n"inputs": [\n' + b",\n".join(inputs) + b"\n]}\n"
 
 
 def fixed_size(encoding: str) -> int | None:

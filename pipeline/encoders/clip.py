@@ -20,6 +20,7 @@ class TextEncoder:
         self.model = model
         self.tokenizer = tokenizer
         self.facts = facts
+        self.device = next(model.parameters()).device
         # CustomTextCLIP keeps the tower in .text; CLIP is its own text tower.
         self._tower = getattr(model, "text", model)
 
@@ -30,17 +31,17 @@ class TextEncoder:
         Returns:
             tokens (N, L, W) float32; lengths (N,), the rows up to and including end-of-text.
         """
-        ids = self.tokenizer(captions)
+        ids = self.tokenizer(captions).to(self.device)
         tower = self._tower
         x = tower.token_embedding(ids) + tower.positional_embedding
         x = tower.transformer(x, attn_mask=tower.attn_mask)
         # CLIP's convention: end-of-text has the highest id of the vocabulary.
-        return tower.ln_final(x).float(), ids.argmax(dim=-1) + 1
+        return tower.ln_final(x).float().cpu(), (ids.argmax(dim=-1) + 1).cpu()
 
     @torch.no_grad()
     def embed_texts(self, captions: list[str]) -> torch.Tensor:
         """Unit vectors (N, E) of captions, in the space shared with pictures."""
-        return F.normalize(self.model.encode_text(self.tokenizer(captions)), dim=-1)
+        return F.normalize(self.model.encode_text(self.tokenizer(captions).to(self.device)), dim=-1)
 
     @torch.no_grad()
     def embed_images(self, pixels: np.ndarray) -> torch.Tensor:
@@ -53,7 +54,7 @@ class TextEncoder:
         return F.normalize(self.model.encode_image((x - mean) / std), dim=-1)
 
 
-def load_text(name: str) -> TextEncoder:
+def load_text(name: str, device: str = "cpu") -> TextEncoder:
     """A text encoder of the table, a folder or a hub id, float32.
 
     Raises:
@@ -62,5 +63,5 @@ def load_text(name: str) -> TextEncoder:
     facts, folder = find_text(name)
     local = f"local-dir:{folder}"
     model = open_clip.create_model(local, require_pretrained=True)
-    model.eval().requires_grad_(False)
+    model.to(device).eval().requires_grad_(False)
     return TextEncoder(model, open_clip.get_tokenizer(local), facts)

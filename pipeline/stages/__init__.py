@@ -7,10 +7,12 @@ makes one. It knows nothing of Ray.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pipeline.core.catalog import Catalog
 from pipeline.core.commits import Commit
 from pipeline.core.manifest import Manifest
 from pipeline.core.samples import InputShard
@@ -23,17 +25,40 @@ class Job:
 
     shard: InputShard
     groups: dict[str, dict[str, Any]] = field(default_factory=dict)  # group -> fingerprint inputs
+    dropped: frozenset[str] = frozenset()  # keys to leave out
+    samples: int = 0  # how many there are to be, where that is known
+
+
+class Worker(Protocol):
+    """Makes one shard at a time; loads weights on first use."""
+
+    #: What happened so far, for the run report: e.g. how often which weights were loaded.
+    counters: Counter[str]
+
+    def __call__(self, job: Job) -> dict[str, Commit]:
+        """Makes and commits every group of the job."""
+        ...
 
 
 class Stage(Protocol):
     name: str
+    source: str
+    gpus: float  # that each worker holds
 
-    def plan(self, store: Store) -> Iterable[Job]:
+    def groups(self) -> list[str]:
+        """Every group that the stage writes."""
+        ...
+
+    def plan(self, catalog: Catalog) -> Iterable[Job]:
         """Every input shard with every group the stage makes of it, done or not."""
         ...
 
-    def open(self, store: Store) -> Callable[[Job], dict[str, Commit]]:
-        """The worker: called once a process, loads weights on first use."""
+    def estimate(self, job: Job, group: str) -> int:
+        """Bytes that the job will write into the group, at most; before any shard of it exists."""
+        ...
+
+    def open(self, store: Store) -> Worker:
+        """The worker: called once a process."""
         ...
 
     def manifest(self, group: str) -> Manifest | None:

@@ -6,8 +6,9 @@ import hashlib
 from dataclasses import dataclass
 
 from pipeline.core import layout
-from pipeline.core.commits import Commit, read_commits
-from pipeline.core.errors import SettingError
+from pipeline.core.catalog import Catalog, Head
+from pipeline.core.commits import Commit, read_commit, read_file
+from pipeline.core.errors import BrokenShard, SettingError
 from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
 from pipeline.stages.images import read_alt_captions
@@ -51,8 +52,8 @@ class Mix:
         return list(self.weights)[-1]
 
 
-def upstream(store: Store, source: str, mix: Mix, images: dict[str, Commit]) -> dict[str, dict]:
-    """Shard -> {captioner: fingerprint of its captions}; only shards that every captioner has.
+def upstream(catalog: Catalog, source: str, mix: Mix, images: dict[str, Head]) -> dict[str, dict]:
+    """Shard -> {captioner: content of its captions}; only shards that every captioner has.
 
     Raises:
         SettingError: a captioner of the mix has captioned nothing of this source.
@@ -62,13 +63,13 @@ def upstream(store: Store, source: str, mix: Mix, images: dict[str, Commit]) -> 
         if name == ALT:
             commits = images
         else:
-            commits = read_commits(store, layout.captions_group(source, name))
+            commits = catalog.heads(layout.captions_group(source, name))
             if not commits and images:
                 raise SettingError(
                     f"captions: {name!r} has captioned nothing of {source}; run "
                     f"`pipeline run caption --source {source} --captioner {name}`"
                 )
-        by_captioner[name] = {shard: commit.fingerprint for shard, commit in commits.items()}
+        by_captioner[name] = {shard: head.content for shard, head in commits.items()}
     return {
         shard: {name: found[shard] for name, found in by_captioner.items()}
         for shard in images
@@ -76,14 +77,27 @@ def upstream(store: Store, source: str, mix: Mix, images: dict[str, Commit]) -> 
     }
 
 
-def chosen_captions(store: Store, source: str, mix: Mix, seed: int, shard: str) -> dict[str, str]:
-    """key -> caption for every picture of the shard, in order of key; "" where there is none."""
-    alt = read_alt_captions(store, layout.images_group(source), shard)
+def chosen_captions(
+    store: Store, source: str, mix: Mix, seed: int, images: Commit, made: dict[str, str]
+) -> dict[str, str]:
+    """key -> caption for every picture of the shard, in order of key; "" where there is none.
+
+    Args:
+        images: the commit of the shard's pictures.
+        made: captioner -> content of its captions that the job was planned with.
+
+    Raises:
+        BrokenShard: captions were redone meanwhile, or are not what was committed.
+    """
+    alt = read_alt_captions(store, layout.images_group(source), images)
     tables: dict[str, dict[str, str]] = {ALT: alt}
     for name in mix.weights:
         if name != ALT:
             group = layout.captions_group(source, name)
-            table = from_parquet(store.read(f"{group}/{shard}.parquet"))
+            commit = read_commit(store, group, images.shard)
+            if commit is None or commit.content() != made[name]:
+                raise BrokenShard(f"{group}/{images.shard} was redone while this run went on")
+            table = from_parquet(read_file(store, group, commit, ".parquet"))
             rows = table.select(["key", "caption"]).to_pylist()
             tables[name] = {row["key"]: row["caption"] or "" for row in rows}
     return {key: tables[mix.draw(seed, key)].get(key, "").strip() for key in sorted(alt)}

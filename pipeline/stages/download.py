@@ -3,71 +3,122 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
-from pydantic import BaseModel
-
-from pipeline.core import layout
-from pipeline.core.commits import Commit
+from pipeline.core import drops, layout
+from pipeline.core.catalog import Catalog
+from pipeline.core.commits import MAX_REJECT_RATE, Commit, read_commit
 from pipeline.core.images import BadPicture, decode
 from pipeline.core.samples import ImageSample, InputShard, Reject
 from pipeline.core.store import Store
 from pipeline.stages import Job
-from pipeline.stages.images import write_images
+from pipeline.stages.images import stored_samples, write_images
 
-VERSION = 1  # bump when the bytes this stage writes change
+VERSION = 2  # bump when the bytes this stage writes change
 
 
 class Source(Protocol):
     """What a source has to offer; its settings are its pydantic fields."""
 
-    def shards(self) -> list[InputShard]: ...
-    def fetch(self, shard: InputShard) -> Iterator[ImageSample | Reject]: ...
-    def model_dump(self) -> dict[str, Any]: ...
+    def shards(self) -> list[InputShard]:
+        """What there is, in a fixed order."""
+        ...
+
+    def fetch(self, shard: InputShard) -> Iterator[ImageSample | Reject]:
+        """A shard's pictures, in order."""
+        ...
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide the bytes of a given shard: not those that only enumerate."""
+        ...
+
+    def estimate(self, shard: InputShard) -> int:
+        """Bytes of the shard's tar, roughly."""
+        ...
 
 
 class Download:
     name = "download"
+    gpus = 0.0
 
-    def __init__(self, source: str, settings: Source) -> None:
+    def __init__(
+        self, source: str, settings: Source, max_reject_rate: float = MAX_REJECT_RATE
+    ) -> None:
         self.source = source
         self.settings = settings
+        self.max_reject_rate = max_reject_rate
 
-    def plan(self, store: Store) -> Iterable[Job]:
-        group = layout.images_group(self.source)
+    def groups(self) -> list[str]:
+        return [layout.images_group(self.source)]
+
+    def plan(self, catalog: Catalog) -> Iterable[Job]:
+        (group,) = self.groups()
+        dropped = catalog.dropped(self.source)
+        common = {
+            "stage": self.name,
+            "version": VERSION,
+            "source": self.source,
+            "settings": self.settings.decisive(),
+        }
         for shard in self.settings.shards():
-            yield Job(shard, {group: self._inputs(shard)})
+            keys = dropped.get(shard.id, frozenset())
+            own = {"shard": [shard.id, shard.split, list(shard.spec)]}
+            yield Job(shard, {group: {**common, **own, **drops.inputs(keys)}}, keys)
 
-    def open(self, store: Store) -> Callable[[Job], dict[str, Commit]]:
-        def work(job: Job) -> dict[str, Commit]:
-            started = time.time()
-            samples: list[ImageSample] = []
-            rejects: list[Reject] = []
-            for item in self.settings.fetch(job.shard):
-                if isinstance(item, ImageSample):
-                    item = checked(item)
-                (samples if isinstance(item, ImageSample) else rejects).append(item)  # pyright: ignore
-            return {
-                group: write_images(store, group, job.shard, inputs, samples, rejects, started)
-                for group, inputs in job.groups.items()
-            }
+    def estimate(self, job: Job, group: str) -> int:
+        return self.settings.estimate(job.shard)
 
-        return work
+    def open(self, store: Store) -> _Worker:
+        return _Worker(self, store)
 
     def manifest(self, group: str) -> None:
         return None
 
-    def _inputs(self, shard: InputShard) -> dict[str, Any]:
-        settings = self.settings
-        config = settings.model_dump() if isinstance(settings, BaseModel) else {}
-        return {
-            "stage": self.name,
-            "version": VERSION,
-            "source": self.source,
-            "settings": config,
-            "shard": [shard.id, shard.split, list(shard.spec)],
-        }
+
+class _Worker:
+    def __init__(self, stage: Download, store: Store) -> None:
+        self.stage = stage
+        self.store = store
+        self.counters: Counter[str] = Counter()
+
+    def __call__(self, job: Job) -> dict[str, Commit]:
+        return {group: self._make(job, group) for group in job.groups}
+
+    def _make(self, job: Job, group: str) -> Commit:
+        started = time.time()
+        inputs = job.groups[group]
+        samples: list[ImageSample] = []
+        rejects: list[Reject] = []
+        for item in self._items(job, group):
+            if isinstance(item, ImageSample):
+                if item.ref.key in job.dropped:
+                    continue
+                item = checked(item)
+            (samples if isinstance(item, ImageSample) else rejects).append(item)  # pyright: ignore
+        return write_images(
+            self.store,
+            group,
+            job.shard,
+            inputs,
+            samples,
+            rejects,
+            started,
+            self.stage.max_reject_rate,
+        )
+
+    def _items(self, job: Job, group: str) -> Iterable[ImageSample | Reject]:
+        """From the source, or, where only drops have changed since, from the tar that is there:
+        a takedown must not cost the shard's other pictures, whose links may be dead by now."""
+        commit = read_commit(self.store, group, job.shard.id)
+        if commit is not None and job.dropped:
+            wanted, had = dict(job.groups[group]), dict(commit.inputs)
+            if wanted.pop("dropped") != had.pop("dropped", None) and wanted == had:
+                self.counters["shards rewritten without dropped samples"] += 1
+                return stored_samples(self.store, group, commit)
+        self.counters["shards fetched"] += 1
+        return self.stage.settings.fetch(job.shard)
 
 
 def checked(sample: ImageSample) -> ImageSample | Reject:

@@ -7,14 +7,16 @@ so a worker makes only the groups that are wanted and loads only the encoders th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pipeline.core import layout
-from pipeline.core.commits import Commit, read_commits, write_shard
+from pipeline.core import drops, layout
+from pipeline.core.catalog import Catalog
+from pipeline.core.commits import MAX_REJECT_RATE, Commit, write_shard
 from pipeline.core.errors import SettingError
 from pipeline.core.images import BadPicture, decode, fit
 from pipeline.core.manifest import LatentsManifest, Manifest, TextManifest
@@ -24,9 +26,9 @@ from pipeline.core.store import Store, fingerprint
 from pipeline.encoders import find_text, find_vae
 from pipeline.stages import Job
 from pipeline.stages.captions import Mix, chosen_captions, upstream
-from pipeline.stages.images import read_images
+from pipeline.stages.images import images_commit, read_images
 
-VERSION = 1
+VERSION = 2  # bump when the bytes this stage writes change
 CROP = "center"
 DTYPE = "float16"  # of stored latents and token vectors
 THREADS = 1  # torch threads a worker: part of what decides the last bit of a latent
@@ -43,10 +45,13 @@ class EncodeSettings:
     text: str = "full"  # or "trimmed": rows up to end-of-text only
     batch_size: int = 16
     seed: int = 0
+    device: str = "cpu"  # or "cuda": each worker then holds one GPU
 
     def __post_init__(self) -> None:
         if self.text not in ("full", "trimmed"):
             raise SettingError(f"text={self.text}: use full or trimmed")
+        if self.device not in ("cpu", "cuda"):
+            raise SettingError(f"device={self.device}: use cpu or cuda")
         if self.batch_size < 1:
             raise SettingError(f"batch_size={self.batch_size}: use 1 or more")
         if not self.resolutions:
@@ -56,9 +61,13 @@ class EncodeSettings:
 class Encode:
     name = "encode"
 
-    def __init__(self, source: str, settings: EncodeSettings) -> None:
+    def __init__(
+        self, source: str, settings: EncodeSettings, max_reject_rate: float = MAX_REJECT_RATE
+    ) -> None:
         self.source = source
         self.settings = settings
+        self.max_reject_rate = max_reject_rate
+        self.gpus = 1.0 if settings.device == "cuda" else 0.0
         self.mix = Mix.parse(settings.captions)
         self.vae, _ = find_vae(settings.vae)
         self.text, _ = find_text(settings.text_encoder)
@@ -69,36 +78,55 @@ class Encode:
                     f"{self.vae.downsample}"
                 )
 
-    def plan(self, store: Store) -> Iterable[Job]:
-        images = read_commits(store, layout.images_group(self.source))
-        captions = upstream(store, self.source, self.mix, images)
+    def groups(self) -> list[str]:
+        return [*map(self._latents_group, self.settings.resolutions), self._text_group()]
+
+    def plan(self, catalog: Catalog) -> Iterable[Job]:
+        images = catalog.heads(layout.images_group(self.source))
+        captions = upstream(catalog, self.source, self.mix, images)
+        dropped = catalog.dropped(self.source)
         settings = self.settings
-        common = {"stage": self.name, "version": VERSION, "threads": THREADS, "dtype": DTYPE}
-        for commit in images.values():
+        common = {
+            "stage": self.name,
+            "version": VERSION,
+            "dtype": DTYPE,
+            "device": settings.device,
+            "threads": THREADS,
+            "batch_size": settings.batch_size,
+        }
+        vae, text = self.vae.model_dump(), self.text.model_dump()
+        for shard, head in images.items():
+            keys = dropped.get(shard, frozenset())
+            own = {**common, "images": head.content, **drops.inputs(keys)}
             groups: dict[str, dict[str, Any]] = {}
             for resolution in settings.resolutions:
                 groups[self._latents_group(resolution)] = {
-                    **common,
-                    "images": commit.fingerprint,
-                    "vae": self.vae.model_dump(),
+                    **own,
+                    "vae": vae,
                     "resolution": resolution,
                     "crop": CROP,
                     "latents": "mean",
-                    "batch_size": settings.batch_size,
                 }
-            if commit.shard in captions:
+            if shard in captions:
                 groups[self._text_group()] = {
-                    **common,
-                    "captions_made": captions[commit.shard],
-                    "text_encoder": self.text.model_dump(),
+                    **own,
+                    "captions_made": captions[shard],
+                    "text_encoder": text,
                     "captions": self.mix.weights,
                     "seed": settings.seed if len(self.mix.weights) > 1 else None,
                     "text": settings.text,
-                    "batch_size": settings.batch_size,
                 }
-            yield Job(InputShard(commit.shard, commit.split), groups)
+            yield Job(InputShard(shard, head.split), groups, keys, head.samples)
 
-    def open(self, store: Store) -> Callable[[Job], dict[str, Commit]]:
+    def estimate(self, job: Job, group: str) -> int:
+        itemsize = np.dtype(DTYPE).itemsize
+        inputs = job.groups[group]
+        if "resolution" in inputs:
+            side = inputs["resolution"] // self.vae.downsample
+            return job.samples * self.vae.channels * side * side * itemsize
+        return job.samples * self.text.length * self.text.width * itemsize
+
+    def open(self, store: Store) -> _Worker:
         import torch
 
         torch.set_num_threads(THREADS)
@@ -138,6 +166,7 @@ class _Worker:
         self.stage = stage
         self.settings = stage.settings
         self.store = store
+        self.counters: Counter[str] = Counter()
 
     def __call__(self, job: Job) -> dict[str, Commit]:
         made: dict[str, Commit] = {}
@@ -153,13 +182,15 @@ class _Worker:
     def _vae(self):
         from pipeline.encoders.autoencoder import load_vae
 
-        return load_vae(self.settings.vae)
+        self.counters[f"loaded vae {self.settings.vae}"] += 1
+        return load_vae(self.settings.vae, self.settings.device)
 
     @functools.cached_property
     def _text_encoder(self):
         from pipeline.encoders.clip import load_text
 
-        return load_text(self.settings.text_encoder)
+        self.counters[f"loaded text encoder {self.settings.text_encoder}"] += 1
+        return load_text(self.settings.text_encoder, self.settings.device)
 
     def _latents(self, job: Job, groups: list[str]) -> dict[str, Commit]:
         """Each picture is decoded once for all wanted resolutions."""
@@ -168,7 +199,9 @@ class _Worker:
         pixels: dict[str, list[np.ndarray]] = {g: [] for g in groups}
         rejects: dict[str, list[Reject]] = {g: [] for g in groups}
         images = layout.images_group(self.stage.source)
-        for image in read_images(self.store, images, job.shard.id):
+        for image in read_images(self.store, images, self._images(job)):
+            if image.key in job.dropped:
+                continue
             try:
                 picture = decode(image.data)
             except BadPicture as error:
@@ -214,19 +247,30 @@ class _Worker:
         columns = {"key": "str", "latent": f"ndarray:{DTYPE}:{vae.channels},{side},{side}"}
         files, entry = _mds_file(job, group, columns, samples)
         keys = [sample["key"] for sample in samples]
+        files[keys_name(job.shard.id, job.groups[group])] = _keys_table(keys, range(len(keys)))
         return write_shard(
-            self.store, group, job.shard, job.groups[group], files, keys, rejects, entry
+            self.store,
+            group,
+            job.shard,
+            job.groups[group],
+            files,
+            keys,
+            rejects,
+            entry,
+            max_reject_rate=self.stage.max_reject_rate,
         )
 
     def _text(self, job: Job, group: str) -> Commit:
-        import pyarrow as pa
-
-        from pipeline.core.tables import to_parquet
-
         stage = self.stage
         by_key = chosen_captions(
-            self.store, stage.source, stage.mix, self.settings.seed, job.shard.id
+            self.store,
+            stage.source,
+            stage.mix,
+            self.settings.seed,
+            self._images(job),
+            job.groups[group]["captions_made"],
         )
+        by_key = {key: caption for key, caption in by_key.items() if key not in job.dropped}
         rejects = [
             Reject(key, stage.name, "no-caption", f"{self.settings.captions} has no caption for it")
             for key, caption in by_key.items()
@@ -247,13 +291,8 @@ class _Worker:
         columns = {"caption": "str", "tokens": f"ndarray:{DTYPE}"}
         files, entry = _mds_file(job, group, columns, samples)
         row_of = {caption: row for row, caption in enumerate(distinct)}
-        join = pa.table(
-            {
-                "key": pa.array(list(by_key), pa.string()),
-                "row": pa.array([row_of[c] for c in by_key.values()], pa.int32()),
-            }
-        )
-        files[join_name(job.shard.id, job.groups[group])] = to_parquet(join)
+        rows = [row_of[caption] for caption in by_key.values()]
+        files[keys_name(job.shard.id, job.groups[group])] = _keys_table(by_key, rows)
         return write_shard(
             self.store,
             group,
@@ -264,15 +303,30 @@ class _Worker:
             rejects,
             entry,
             {"distinct_captions": len(distinct), "captions_at_full_length": truncated},
+            self.stage.max_reject_rate,
         )
+
+    def _images(self, job: Job) -> Commit:
+        images = layout.images_group(self.stage.source)
+        content = next(iter(job.groups.values()))["images"]
+        return images_commit(self.store, images, job.shard.id, content)
 
     def _reject(self, key: str, error: BadPicture) -> Reject:
         return Reject(key, self.stage.name, error.reason, str(error))
 
 
-def join_name(shard: str, inputs: dict[str, Any]) -> str:
-    """The file beside a text shard that maps each key to its caption's row in the MDS file."""
+def keys_name(shard: str, inputs: dict[str, Any]) -> str:
+    """The file beside an MDS shard that maps each sample's key to its row there."""
     return f"{shard}-{fingerprint(inputs)}.parquet"
+
+
+def _keys_table(keys: Iterable[str], rows: Iterable[int]) -> bytes:
+    import pyarrow as pa
+
+    from pipeline.core.tables import to_parquet
+
+    columns = {"key": pa.array(list(keys), pa.string()), "row": pa.array(list(rows), pa.int32())}
+    return to_parquet(pa.table(columns))
 
 
 def _mds_file(

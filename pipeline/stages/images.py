@@ -10,8 +10,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.core.commits import Commit, write_shard
-from pipeline.core.samples import ImageSample, InputShard, Reject
+from pipeline.core.commits import (
+    MAX_REJECT_RATE,
+    Commit,
+    plain_stem,
+    read_commit,
+    read_file,
+    write_shard,
+)
+from pipeline.core.errors import BrokenShard
+from pipeline.core.samples import ImageRef, ImageSample, InputShard, Reject
 from pipeline.core.store import Store, sha256
 from pipeline.core.tables import from_parquet, to_parquet
 from pipeline.core.tars import read_samples, write_tar
@@ -36,6 +44,7 @@ def write_images(
     samples: list[ImageSample],
     rejects: list[Reject],
     started: float,
+    max_reject_rate: float = MAX_REJECT_RATE,
 ) -> Commit:
     """NNNNN.tar (key.png, key.txt, key.json), NNNNN.parquet, NNNNN_stats.json, then the commit.
 
@@ -77,32 +86,46 @@ def write_images(
         "end_time": ended,
         "status_dict": {"success": len(samples), **_counts(rejects)},
     }
-    store.write_json(f"{group}/{shard.id}_stats.json", stats)
-    return write_shard(
+    table = pa.Table.from_pylist(rows, schema=_SCHEMA)
+    files = {".tar": write_tar(members), ".parquet": to_parquet(table)}
+    stem = plain_stem(store, group, shard.id, files)
+    commit = write_shard(
         store,
         group,
         shard,
         inputs,
-        files={
-            f"{shard.id}.tar": write_tar(members),
-            f"{shard.id}.parquet": to_parquet(pa.Table.from_pylist(rows, schema=_SCHEMA)),
-        },
+        files={stem + ending: data for ending, data in files.items()},
         keys=[sample.ref.key for sample in samples],
         rejects=rejects,
+        max_reject_rate=max_reject_rate,
     )
+    store.write_json(f"{group}/{stem}_stats.json", stats)
+    return commit
 
 
-def read_images(store: Store, group: str, shard: str) -> Iterator[StoredImage]:
+def images_commit(store: Store, group: str, shard: str, content: str) -> Commit:
+    """The commit of a shard's pictures, which must still be the one the job was planned with.
+
+    Raises:
+        BrokenShard: it is gone, or another.
+    """
+    commit = read_commit(store, group, shard)
+    if commit is None or commit.content() != content:
+        raise BrokenShard(f"{group}/{shard} was redone while this run went on; run it again")
+    return commit
+
+
+def read_images(store: Store, group: str, commit: Commit) -> Iterator[StoredImage]:
     """The pictures of a committed shard, in the tar's order; captions from the tar."""
-    for key, fields in read_samples(store.read(f"{group}/{shard}.tar")):
+    for key, fields in read_samples(read_file(store, group, commit, ".tar")):
         data = next((fields[e] for e in IMAGE_EXTENSIONS if e in fields), None)
         if data is not None:
             yield StoredImage(key, data, fields.get("txt", b"").decode())
 
 
-def read_alt_captions(store: Store, group: str, shard: str) -> dict[str, str]:
+def read_alt_captions(store: Store, group: str, commit: Commit) -> dict[str, str]:
     """key -> the source's own caption, from the shard's parquet (no tar is read)."""
-    table = from_parquet(store.read(f"{group}/{shard}.parquet"))
+    table = from_parquet(read_file(store, group, commit, ".parquet"))
     rows = table.select(["key", "caption", "status"]).to_pylist()
     return {row["key"]: row["caption"] or "" for row in rows if row["status"] == "success"}
 
@@ -130,3 +153,17 @@ def _counts(rejects: list[Reject]) -> dict[str, int]:
     for reject in rejects:
         counts[reject.reason] = counts.get(reject.reason, 0) + 1
     return counts
+
+
+def stored_samples(store: Store, group: str, commit: Commit) -> Iterator[ImageSample | Reject]:
+    """A committed shard as it was fetched: its pictures in the tar's order, then its rejects."""
+    table = from_parquet(read_file(store, group, commit, ".parquet"))
+    rows = {row["key"]: row for row in table.to_pylist()}
+    for key, fields in read_samples(read_file(store, group, commit, ".tar")):
+        row = rows.pop(key)
+        extension = next(e for e in IMAGE_EXTENSIONS if e in fields)
+        sizes = (row[n] for n in ("width", "height", "original_width", "original_height"))
+        ref = ImageRef(key, row["url"], row["caption"])
+        yield ImageSample(ref, fields[extension], extension, *sizes)
+    for key, row in rows.items():
+        yield Reject(key, commit.inputs["stage"], row["status"], row["error_message"])

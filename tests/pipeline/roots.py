@@ -5,26 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.catalog import Catalog
 from pipeline.core.groups import publish
 from pipeline.core.store import Store
-from pipeline.runner import plan
+from pipeline.plan import Choice, plan
 from pipeline.sources.openmoji import OpenMoji
 from pipeline.stages import Stage
 
 SETTINGS = OpenMoji(glyphs="avocado;rocket;red heart", backgrounds="blue,red", size=64)
 
 
-def run_here(stage: Stage, store: Store) -> int:
+def run_here(stage: Stage, store: Store, choice: Choice | None = None) -> int:
     """Runs what a stage has left, in this process; how many shards that was."""
-    todo = plan(stage, store)
+    catalog = Catalog(store)
+    todo = plan(stage, catalog, choice or Choice())
     work = stage.open(store)
-    for job in todo.jobs:
+    for job in todo.jobs(stage, catalog):
         work(job)
-    for group in todo.groups:
-        manifest = stage.manifest(group)
-        if manifest is not None:
-            publish(store, group, manifest)
-    return len(todo.jobs)
+    for group in stage.groups():
+        publish(store, group, stage.manifest(group))
+    return len(todo.pending)
 
 
 def mds_rows(store: Store, group: str) -> list[dict[str, Any]]:
@@ -37,5 +37,9 @@ def mds_rows(store: Store, group: str) -> list[dict[str, Any]]:
 
 def tree(root: Path) -> dict[str, bytes]:
     """Every file below a folder whose bytes must not depend on how it was made."""
-    files = (p for p in root.rglob("*") if p.is_file() and not p.name.endswith("_stats.json"))
+    files = (p for p in root.rglob("*") if p.is_file() and not _timed(p.relative_to(root)))
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+
+def _timed(path: Path) -> bool:
+    return path.name.endswith("_stats.json") or path.parts[1] == "runs"

@@ -43,7 +43,9 @@ def test_bytes_equal_the_librarys_writer(tmp_path, width):
     data, entry = encode_shard(COLUMNS, rows, "shard.00000.mds")
     assert data == (tmp_path / "shard.00000.mds").read_bytes()
     theirs = json.loads((tmp_path / "index.json").read_text())
-    assert index([entry], {}) == theirs
+    ours = json.loads(index([json.dumps(entry).encode()], []))
+    assert ours.pop("inputs") == []
+    assert ours == theirs
 
 
 def test_the_librarys_reader_opens_it_with_extra_keys(tmp_path):
@@ -52,7 +54,9 @@ def test_the_librarys_reader_opens_it_with_extra_keys(tmp_path):
     rows = samples(7)
     data, entry = encode_shard(COLUMNS, rows, "00000-abc.mds")
     (tmp_path / "00000-abc.mds").write_bytes(data)
-    (tmp_path / "index.json").write_text(json.dumps(index([entry], {"inputs": [{"shard": "0"}]})))
+    record = index([json.dumps(entry).encode()], [b'{"shard": "0"}'])
+    assert json.loads(record)["inputs"] == [{"shard": "0"}]
+    (tmp_path / "index.json").write_bytes(record)
     dataset = LocalDataset(str(tmp_path))
     assert len(dataset) == 7
     for number, row in enumerate(rows):

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from pipeline.core import layout
-from pipeline.core.commits import read_commits, write_shard
-from pipeline.core.errors import SettingError
+from pipeline.core.catalog import Catalog
+from pipeline.core.commits import Commit, read_commits, write_shard
+from pipeline.core.errors import BrokenShard, SettingError, TooManyRejects
 from pipeline.core.images import decode, fit
 from pipeline.core.latents import to_model, to_raw
 from pipeline.core.manifest import read_manifest
@@ -21,7 +22,7 @@ from pipeline.core.samples import ImageRef, ImageSample, InputShard
 from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
 from pipeline.encoders import load_text, load_vae
-from pipeline.runner import plan
+from pipeline.plan import Choice, plan
 from pipeline.sources.openmoji import BACKGROUNDS, render
 from pipeline.stages.download import Download, checked
 from pipeline.stages.encode import Encode, EncodeSettings
@@ -41,9 +42,17 @@ LATENTS = "openmoji/latents/tiny4/64"
 TEXT = "openmoji/text/tiny-clip/alt-0.5+colour-0.5.trimmed"
 
 
-def encode(store: Store, **changes) -> int:
+def encode(store: Store, choice: Choice | None = None, **changes) -> int:
+    return run_here(stage(**changes), store, choice)
+
+
+def stage(max_reject_rate: float = 0.9, **changes) -> Encode:
     settings = EncodeSettings(**{**ENCODE.__dict__, **changes})
-    return run_here(Encode("openmoji", settings), store)
+    return Encode("openmoji", settings, max_reject_rate)
+
+
+def images_of(store: Store, shard: str = "00000") -> Commit:
+    return read_commits(store, IMAGES)[shard]
 
 
 def test_downloaded_tars_follow_img2dataset(downloaded):
@@ -66,7 +75,7 @@ def test_the_webdataset_library_reads_the_tars(downloaded):
 
     url = downloaded.url(f"{IMAGES}/00000.tar")
     found = list(webdataset.WebDataset(url, shardshuffle=False))
-    stored = list(read_images(downloaded, IMAGES, "00000"))
+    stored = list(read_images(downloaded, IMAGES, images_of(downloaded)))
     assert [sample["__key__"] for sample in found] == [image.key for image in stored]
     assert found[0]["png"] == stored[0].data
     assert found[0]["txt"].decode() == stored[0].caption
@@ -93,7 +102,7 @@ def test_latents_equal_the_vae_called_directly(downloaded):
     encode(downloaded)
     vae = load_vae("tiny4")
     rows = {row["key"]: row["latent"] for row in mds_rows(downloaded, LATENTS)}
-    images = list(read_images(downloaded, IMAGES, "00000"))[:4]
+    images = list(read_images(downloaded, IMAGES, images_of(downloaded)))[:4]
     torch.set_num_threads(1)
     pixels = np.stack([fit(decode(image.data), 64) for image in images])
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -152,17 +161,63 @@ def test_a_rerun_does_nothing_and_a_new_group_touches_no_other(downloaded):
 
 def test_only_the_encoders_that_are_needed_are_loaded(downloaded, monkeypatch):
     encode(downloaded)
-    monkeypatch.setattr("pipeline.encoders.autoencoder.load_vae", lambda name: pytest.fail(name))
+    fail = lambda name, device: pytest.fail(name)  # noqa: E731
+    monkeypatch.setattr("pipeline.encoders.autoencoder.load_vae", fail)
     assert encode(downloaded, captions="colour") == 2
 
 
 def test_changed_settings_make_shards_stale_and_say_why(downloaded):
     encode(downloaded)
-    stage = Encode("openmoji", EncodeSettings(**{**ENCODE.__dict__, "batch_size": 3}))
-    todo = plan(stage, downloaded)
-    assert todo.jobs == []
-    assert set(todo.stale.values()) == {"batch_size: 4 -> 3"}
-    assert len(plan(stage, downloaded, stale=True).jobs) == 2
+    changed = stage(batch_size=3)
+    todo = plan(changed, Catalog(downloaded))
+    assert not todo.pending
+    assert todo.groups[LATENTS].stale == {"batch_size: 4 -> 3": 2}
+    assert (todo.groups[LATENTS].done, todo.groups[LATENTS].left) == (0, 0)
+    assert len(plan(changed, Catalog(downloaded), Choice(stale=True)).pending) == 2
+
+
+def test_pictures_that_were_redone_make_what_was_made_of_them_stale(downloaded):
+    encode(downloaded)
+    redo = Choice(force=True)
+    assert run_here(Download("openmoji", SETTINGS), downloaded, redo) == 2
+    assert encode(downloaded, Choice(stale=True)) == 0  # the same bytes: nothing depends on how
+    larger = SETTINGS.model_copy(update={"size": 72})
+    assert run_here(Download("openmoji", larger), downloaded, Choice("00001", stale=True)) == 1
+    todo = plan(stage(), Catalog(downloaded))
+    assert todo.groups[LATENTS].stale == {"images were made anew": 1}
+    # A reader of the old generation still finds its files; the new one has names of its own.
+    assert downloaded.exists(f"{IMAGES}/00001.tar")
+    assert images_of(downloaded, "00001").file(".tar") != "00001.tar"
+
+
+def test_a_tar_that_is_not_the_committed_one_is_not_read(downloaded):
+    data = downloaded.read(f"{IMAGES}/00000.tar")
+    downloaded.write(f"{IMAGES}/00000.tar", data[:-512])
+    with pytest.raises(BrokenShard, match=r"00000.tar differs .*pipeline verify --repair"):
+        encode(downloaded)
+    downloaded.delete(f"{IMAGES}/00000.tar")
+    with pytest.raises(BrokenShard, match=r"00000.tar is missing"):
+        encode(downloaded)
+
+
+def test_choices_of_shards(downloaded):
+    assert encode(downloaded, Choice("1")) == 1
+    assert list(read_commits(downloaded, LATENTS)) == ["00001"]
+    assert encode(downloaded, Choice("00000-00099")) == 1
+    assert encode(downloaded, Choice("0", force=True)) == 1
+    for text in ("00007", "x-", "1,-2"):
+        with pytest.raises(SettingError, match="--shards"):
+            plan(stage(), Catalog(downloaded), Choice(text))
+
+
+def test_new_input_shards_are_picked_up(tmp_path):
+    store = Store(tmp_path)
+    download = Download("openmoji", SETTINGS)
+    run_here(download, store, Choice("00000"))
+    assert encode(store, captions="alt") == 1
+    run_here(download, store)
+    assert encode(store, captions="alt") == 1
+    assert read_manifest(store, LATENTS).shards == 2
 
 
 def test_an_unreadable_picture_is_a_counted_reject_everywhere(tmp_path):
@@ -183,7 +238,7 @@ def test_an_unreadable_picture_is_a_counted_reject_everywhere(tmp_path):
         (commit,) = read_commits(store, group).values()
         assert commit.rejects == {"undecodable": 1}
         assert commit.samples == len(good)
-        (row,) = from_parquet(store.read(f"{group}/rejects/00000.parquet")).to_pylist()
+        (row,) = rejects_of(store, group, commit)
         assert row["key"] == "000009999"
         assert "cannot identify" in row["detail"]
     text = layout.text_group("openmoji", "tiny-clip", "colour", "trimmed")
@@ -191,11 +246,19 @@ def test_an_unreadable_picture_is_a_counted_reject_everywhere(tmp_path):
     assert commit.rejects == {"no-caption": 1}
 
 
-def test_a_shard_without_a_usable_picture_commits_no_file(tmp_path):
+def rejects_of(store: Store, group: str, commit: Commit) -> list[dict[str, Any]]:
+    (name,) = (name for name in commit.files if name.startswith("rejects/"))
+    return from_parquet(store.read(f"{group}/{name}")).to_pylist()
+
+
+def test_a_shard_of_rejects_is_committed_only_where_that_is_expected(tmp_path):
     store = Store(tmp_path)
     bad = ImageSample(ImageRef("000000000", "x:", "a ruin"), b"nothing", "png", 1, 1, 1, 1)
     write_images(store, IMAGES, InputShard("00000", "train"), {}, [bad], [], 0.0)
-    encode(store, captions="alt")
+    with pytest.raises(TooManyRejects, match=r"1 of 1 samples rejected \(1 undecodable"):
+        encode(store, captions="alt")
+    assert read_commits(store, LATENTS) == {}
+    run_here(stage(max_reject_rate=1.0, captions="alt"), store)
     (commit,) = read_commits(store, LATENTS).values()
     assert (commit.samples, commit.index, commit.rejects) == (0, None, {"undecodable": 1})
     assert store.read_json(f"{LATENTS}/index.json")["shards"] == []
@@ -203,7 +266,7 @@ def test_a_shard_without_a_usable_picture_commits_no_file(tmp_path):
 
 def test_captions_that_nobody_wrote_name_the_command(downloaded):
     with pytest.raises(SettingError, match="pipeline run caption --source openmoji --captioner x"):
-        plan(Encode("openmoji", EncodeSettings(**{**ENCODE.__dict__, "captions": "x"})), downloaded)
+        plan(stage(captions="x"), Catalog(downloaded))
 
 
 @pytest.mark.parametrize(
@@ -230,9 +293,9 @@ def test_a_vae_folder_that_misses_a_file(tmp_path):
         Encode("openmoji", EncodeSettings(**{**ENCODE.__dict__, "vae": str(tmp_path)}))
 
 
-def test_download_inputs_hold_the_sources_settings():
-    (job, *_) = Download("openmoji", SETTINGS).plan(Store("/nowhere"))
-    assert job.groups[IMAGES]["settings"]["size"] == 64
+def test_download_inputs_hold_the_settings_that_decide_a_shard():
+    (job, *_) = Download("openmoji", SETTINGS).plan(Catalog(Store("/nowhere")))
+    assert job.groups[IMAGES]["settings"] == {"size": 64}
 
 
 def test_commits_of_other_groups_are_not_read(downloaded):

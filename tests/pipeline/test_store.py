@@ -1,17 +1,24 @@
 from __future__ import annotations
 
+import functools
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 
-from pipeline.core.commits import differences, read_commits, write_shard
-from pipeline.core.errors import SettingError
+from pipeline.core import drops, process
+from pipeline.core.commits import (
+    differences,
+    plain_stem,
+    read_commits,
+    read_file,
+    write_shard,
+)
+from pipeline.core.errors import SettingError, StorageError, TooManyRejects
 from pipeline.core.samples import InputShard, Reject
-from pipeline.core.store import Store, fingerprint
+from pipeline.core.store import Store, fingerprint, temporary_name
 from tests.pipeline.roots import tree
 
 
@@ -41,25 +48,31 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match="disk full"):
         store.write("x", b"new")
     assert store.read("x") == b"old"
     assert os.listdir(tmp_path) == ["x"]
 
 
 def test_leftovers_of_dead_processes_go_and_of_living_ones_stay(tmp_path):
-    dead = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
-    )
-    host = socket.gethostname()
-    gone = tmp_path / f".x.mds.tmp-{host}-{int(dead.stdout)}-abcdef12"
-    mine = tmp_path / f".x.mds.tmp-{host}-{os.getpid()}-abcdef12"
-    elsewhere = tmp_path / f".x.mds.tmp-other-host-{int(dead.stdout)}-abcdef12"
-    for path in (gone, mine, elsewhere):
+    command = [
+        sys.executable,
+        "-c",
+        "from pipeline.core.store import temporary_name; print(temporary_name('x'))",
+    ]
+    dead = tmp_path / subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    mine = tmp_path / temporary_name("x")
+    # The same number, given to another process since.
+    reused = tmp_path / mine.name.replace(process.identity(), process.identity()[:-1] + "x")
+    elsewhere = tmp_path / mine.name.replace(process.host(), "other")
+    for path in (dead, mine, reused, elsewhere):
         path.write_bytes(b"half")
-    assert Store(tmp_path).remove_leftovers("") == 1
+    store = Store(tmp_path)
+    assert store.names("") == []
+    assert store.remove_leftovers("") == 2
     assert sorted(tmp_path.iterdir()) == sorted([mine, elsewhere])
-    assert Store(tmp_path).names("") == []
+    assert store.remove_leftovers("", alone=True) == 1
+    assert list(tmp_path.iterdir()) == [mine]
 
 
 def commit(store, **inputs):
@@ -83,7 +96,8 @@ def test_a_commit_names_its_files_and_counts_its_rejects(store):
     assert read == {"00003": written}
     assert written.samples == 2
     assert written.rejects == {"undecodable": 1, "x": 1}
-    assert set(written.files) == {"00003.bin", "rejects/00003.parquet"}
+    rejects = f"rejects/00003-{written.fingerprint}.parquet"
+    assert set(written.files) == {"00003.bin", rejects}
     for name, facts in written.files.items():
         assert len(store.read(f"s/latents/{name}")) == facts["bytes"]
 
@@ -124,3 +138,46 @@ def test_differences_say_why():
     old = {"vae": {"name": "a", "weights": "1"}, "crop": "center"}
     new = {"vae": {"name": "a", "weights": "2"}, "crop": "center", "seed": 1}
     assert differences(old, new) == ["seed: None -> 1", "vae.weights: 1 -> 2"]
+    assert differences({"vae": {"weights_sha256": "1"}}, {"vae": {"weights_sha256": "2"}}) == [
+        "vae weights hash differs"
+    ]
+    assert differences({"images": "1"}, {"images": "2", "dropped": "3"}) == [
+        "samples were dropped",
+        "images were made anew",
+    ]
+
+
+def test_a_shard_of_rejects_is_not_committed(store):
+    rejects = [Reject(f"k{i}", "download", "failed_to_download", "timed out") for i in range(19)]
+    write = functools.partial(write_shard, store, "g", InputShard("0", "train"), {}, {})
+    with pytest.raises(TooManyRejects, match=r"19 of 20 .*\(19 failed_to_download; e.g. k0: timed"):
+        write(["good"], rejects)
+    assert read_commits(store, "g") == {}
+    assert write(["good"], rejects, max_reject_rate=0.95).samples == 1
+
+
+def test_a_second_generation_gets_names_of_its_own(store):
+    shard = InputShard("00003", "train")
+    names = []
+    for data, inputs in ((b"one", {"v": 1}), (b"one", {"v": 2}), (b"two", {"v": 3})):
+        stem = plain_stem(store, "g", shard.id, {".tar": data})
+        names.append(stem)
+        write_shard(store, "g", shard, inputs, {f"{stem}.tar": data}, ["k"], [])
+    assert names[:2] == ["00003", "00003"]
+    assert names[2].startswith("00003-")
+    assert store.read("g/00003.tar") == b"one"
+    (commit,) = read_commits(store, "g").values()
+    assert read_file(store, "g", commit, ".tar") == b"two"
+
+
+def test_drops_add_up_and_are_read_by_shard(store):
+    drops.add(store, "s", {"00001": ["b", "a"], "00000": ["x"]})
+    drops.add(store, "s", {"00001": ["c", "a"]})
+    drops.add(store, "s", {"00001": ["a", "b"], "00000": ["x"]})  # the first again
+    assert len(store.names("s/drops")) == 2
+    assert drops.read(store, "s") == {"00000": frozenset("x"), "00001": frozenset("abc")}
+    assert drops.inputs([]) == {}
+    assert drops.inputs("ab") == drops.inputs("ba")
+    store.write_json("s/drops/new.json", {"schema": 99, "shards": {}})
+    with pytest.raises(SettingError, match="schema 99"):
+        drops.read(store, "s")

@@ -1,0 +1,259 @@
+"""`pipeline run download|caption|encode|all`. Imports what is heavy where it is used."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.core.errors import SettingError
+from pipeline.typer_group import OPTIONS
+
+if TYPE_CHECKING:
+    from pipeline.config import DataConfig
+    from pipeline.report import Report
+
+app = typer.Typer(help="Run a stage over the shards it has left to do.", **OPTIONS)
+
+STOPPED = {"SIGTERM": 143, "SIGINT": 130}  # exit codes, as a shell gives them
+
+
+@dataclass(frozen=True)
+class Common:
+    """The options that every stage takes: which shards, where, and how. None decides a byte."""
+
+    source: Annotated[
+        str | None, typer.Option(help="Source name; default: every source under the root.")
+    ] = None
+    root: Annotated[
+        str | None, typer.Option(help="Data root, a path or URL; default $MICRODIT_ROOT or ./data.")
+    ] = None
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Data YAML; default yamls/data/SOURCE.yaml where it exists."),
+    ] = None
+    shards: Annotated[
+        str, typer.Option(help="Only these input shards, e.g. 00000-00031,00100.")
+    ] = ""
+    stale: Annotated[
+        bool, typer.Option("--stale", help="Also redo those whose inputs changed.")
+    ] = False
+    force: Annotated[
+        bool, typer.Option("--force", help="Redo them all, made or not; old files stay.")
+    ] = False
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what there is to do and what it needs; do none.")
+    ] = False
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes; default: all CPUs (or GPUs).")
+    ] = None
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Ray cluster to use, e.g. auto; its token comes from $RAY_AUTH_TOKEN[_PATH]."
+        ),
+    ] = None
+    join: Annotated[
+        bool, typer.Option("--join", help="Work beside another run of the same stage.")
+    ] = False
+    quota: Annotated[
+        str | None, typer.Option(help="What the root may hold, e.g. 7TB; refuse to exceed it.")
+    ] = None
+    max_reject_rate: Annotated[
+        float | None,
+        typer.Option(help="Do not commit a shard with a larger share of rejects; default 0.9."),
+    ] = None
+    shard_timeout: Annotated[
+        float | None, typer.Option(help="Seconds after which a shard is tried again.")
+    ] = None
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="Ray's dashboard, on a private cluster.")
+    ] = False
+
+
+def _stage_command(own: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+    """A command with its own options, which `own` turns into overrides, and the common ones."""
+
+    @functools.wraps(own)
+    def command(**given: Any) -> None:
+        common = Common(**{f.name: given.pop(f.name) for f in fields(Common)})
+        stages = ["download", "caption", "encode"] if own.__name__ == "all_" else [own.__name__]
+        _run(stages, common, own(**given))
+
+    signature = inspect.signature(own, eval_str=True)
+    shared = [
+        inspect.Parameter(
+            f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=annotation
+        )
+        for f, annotation in zip(fields(Common), _annotations(), strict=True)
+    ]
+    mine = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in signature.parameters.values()
+    ]
+    command.__signature__ = inspect.Signature(shared[:3] + mine + shared[3:])  # pyright: ignore
+    command.__annotations__ = {p.name: p.annotation for p in shared + mine}
+    return command
+
+
+def _annotations() -> list[Any]:
+    return list(inspect.get_annotations(Common, eval_str=True).values())
+
+
+@app.command()
+@_stage_command
+def download(
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A source's own setting, KEY=VALUE.")
+    ] = None,
+) -> dict[str, Any]:
+    """Fetch pictures and captions into WebDataset tars."""
+    overrides: dict[str, Any] = {}
+    for item in set_ or []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise SettingError(f"--set {item}: write KEY=VALUE")
+        overrides[f"download.{key}"] = value
+    return overrides
+
+
+@app.command()
+@_stage_command
+def caption(
+    captioner: Annotated[str | None, typer.Option(help="Who writes the captions: colour.")] = None,
+) -> dict[str, Any]:
+    """Write captions beside downloaded shards."""
+    return {"caption.captioner": captioner}
+
+
+@app.command()
+@_stage_command
+def encode(
+    vae: Annotated[
+        str | None, typer.Option(help="sdxl, ostris16, tiny4, tiny16, a folder or hub id.")
+    ] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="dfn5b-h14, tiny-clip, a folder or a hub id of open_clip.")
+    ] = None,
+    resolutions: Annotated[str | None, typer.Option(help="Sides in pixels, e.g. 256,512.")] = None,
+    captions: Annotated[
+        str | None,
+        typer.Option(help="alt (the source's own), a captioner, or alt:0.9,colour:0.1."),
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="full (padding kept) or trimmed (real tokens).")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, or cuda: each worker holds one GPU.")
+    ] = None,
+) -> dict[str, Any]:
+    """Encode pictures to latents and captions to token vectors, as MDS shards."""
+    return {
+        "encode.vae": vae,
+        "encode.text_encoder": text_encoder,
+        "encode.resolutions": None if resolutions is None else resolutions.split(","),
+        "encode.captions": captions,
+        "encode.text": text,
+        "encode.device": device,
+    }
+
+
+@app.command("all")
+@_stage_command
+def all_() -> dict[str, Any]:
+    """Download, caption and encode one source, as its YAML says."""
+    return {}
+
+
+def _run(stages: list[str], common: Common, overrides: dict[str, Any]) -> None:
+    from pipeline.config import default_root, load_config
+
+    if stages[0] == "download" and common.source is None and common.config is None:
+        raise SettingError(
+            f"run {'all' if len(stages) > 1 else stages[0]}: name the source with --source or "
+            "--config, e.g. --source openmoji"
+        )
+    root = common.root or default_root()
+    sources: list[str | None] = [common.source]
+    if common.source is None and common.config is None:
+        sources = [*_sources_under(root)]
+    overrides = {**overrides, "max_reject_rate": common.max_reject_rate}
+    configs = [load_config(name, common.config, overrides) for name in sources]
+    failed = False
+    for record in configs:
+        for stage in stages:
+            report = _run_stage(stage, record, root, common)
+            if report is None:  # a dry run: the stages after it have no input yet
+                continue
+            if report.stopped:
+                print("stopped; the same command goes on where it stopped", file=sys.stderr)
+                raise typer.Exit(STOPPED[report.stopped])
+            failed |= report.failed > 0
+    if failed:
+        raise typer.Exit(1)
+
+
+def _run_stage(name: str, config: DataConfig, root: str, common: Common) -> Report | None:
+    """Runs one stage of one source and prints its summary."""
+    from pipeline.config import build_stage
+    from pipeline.core.catalog import Catalog
+    from pipeline.core.store import Store
+    from pipeline.plan import Choice, plan, preflight
+    from pipeline.progress import Progress, summarise
+    from pipeline.runner import Options, run
+
+    stage = build_stage(name, config)
+    quota = None if common.quota is None else parse_size(common.quota)
+    choice = Choice(common.shards, common.stale, common.force)
+    if common.dry_run:
+        store = Store(root)
+        print(preflight(stage, store, plan(stage, Catalog(store), choice), quota))
+        return None
+    options = Options(
+        workers=common.workers,
+        address=common.address,
+        choice=choice,
+        join=common.join,
+        quota=quota,
+        shard_timeout_s=common.shard_timeout,
+        dashboard=common.dashboard,
+        command=shlex.join(["pipeline", *sys.argv[1:]]),
+    )
+    with Progress(f"{name} {config.source}") as progress:
+        report = run(stage, root, options, progress, progress.announce)
+    summarise(report)
+    return report
+
+
+def parse_size(text: str) -> int:
+    """ "7TB", "500 GB", "1000000" in bytes, by powers of 1000."""
+    number = text.upper().replace(" ", "").removesuffix("B")
+    powers = {"K": 3, "M": 6, "G": 9, "T": 12, "P": 15}
+    power = powers.get(number[-1:], 0)
+    try:
+        value = float(number[:-1] if power else number)
+    except ValueError:
+        value = -1
+    if not 0 <= value < float("inf"):
+        raise SettingError(f"--quota {text}: write a size, e.g. 500GB or 7TB")
+    return int(value * 10**power)
+
+
+def _sources_under(root: str) -> list[str]:
+    from pipeline.core.store import Store
+    from pipeline.sources import SOURCES
+
+    found = [name for name in Store(root).folders("") if name in SOURCES]
+    if not found:
+        raise SettingError(
+            f"--root {root}: no source has been downloaded there; "
+            "start with `pipeline run download --source openmoji`"
+        )
+    return found

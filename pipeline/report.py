@@ -1,0 +1,79 @@
+"""What a run did: kept while it goes on, written to <source>/runs/ when it ends."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from pipeline.core import process
+from pipeline.core.commits import Commit
+from pipeline.core.store import Store
+
+KEPT_FAILURES = 1000  # in memory and in the report; all of them are in the groups' failures/
+
+
+@dataclass
+class Report:
+    """Counts of one run of one stage; its memory does not grow with the shards."""
+
+    stage: str
+    source: str
+    total: int = 0  # shards the run was to make
+    shards: int = 0  # made
+    skipped: int = 0  # already done
+    elsewhere: int = 0  # made meanwhile by another run
+    samples: int = 0
+    bytes: int = 0
+    rejects: Counter[str] = field(default_factory=Counter)
+    stale: Counter[str] = field(default_factory=Counter)  # why -> shards left as they are
+    failed: int = 0
+    failures: dict[str, str] = field(default_factory=dict)  # shard -> why; the first of them
+    retries: int = 0  # attempts that were made again: workers lost, errors that went away
+    counters: Counter[str] = field(default_factory=Counter)  # what the stage itself counted
+    workers: int = 0
+    seconds: float = 0.0
+    stopped: str = ""  # the signal that ended it, or ""
+    started_at: float = field(default_factory=time.time)
+
+    def add(self, commits: dict[str, Commit]) -> None:
+        """One shard was made: its commit in each group."""
+        self.shards += 1
+        for commit in commits.values():
+            self.rejects.update(commit.rejects)
+            self.bytes += commit.bytes()
+        # A picture with a caption but no latent, say, is of no use to anyone.
+        self.samples += min(commit.samples for commit in commits.values())
+
+    def fail(self, shard: str, error: str) -> None:
+        self.failed += 1
+        if len(self.failures) < KEPT_FAILURES:
+            self.failures[shard] = error
+
+    @property
+    def finished(self) -> int:
+        return self.shards + self.elsewhere + self.failed
+
+    def write(self, store: Store) -> None:
+        """Under <source>/runs/<stage>/, named by time: the one place where times are."""
+        moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self.started_at))
+        record = vars(self) | {
+            "host": platform.node(),
+            "version": version("microdit"),
+            "samples_per_s": round(self.samples / self.seconds, 3) if self.seconds else None,
+        }
+        name = f"{moment}-{process.identity().split('-')[1]}.json"
+        store.write_json(f"{self.source}/runs/{self.stage}/{name}", record)
+
+
+def last(store: Store, source: str, stage: str) -> dict[str, Any] | None:
+    """The newest report of a stage that made something, or None."""
+    folder = f"{source}/runs/{stage}"
+    for name in reversed(store.names(folder)[-10:]):
+        record = store.read_json(f"{folder}/{name}")
+        if record["shards"]:
+            return record
+    return None

@@ -1,0 +1,22 @@
+"""A command group that answers a mistyped command with the nearest one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer.core
+
+from pipeline.core.errors import SettingError, nearest
+
+
+class Commands(typer.core.TyperGroup):
+    def resolve_command(self, ctx, args):
+        if args and args[0] not in self.commands:
+            raise SettingError(
+                f"unknown command {args[0]!r}{nearest(args[0], self.commands)}; "
+                f"known: {', '.join(self.commands)} (see `{ctx.command_path} --help`)"
+            )
+        return super().resolve_command(ctx, args)
+
+
+OPTIONS: dict[str, Any] = {"cls": Commands, "no_args_is_help": True, "rich_markup_mode": None}
