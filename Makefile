@@ -8,12 +8,14 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # The environment is ours alone: what the caller's shell has active does not leak in.
 unexport VIRTUAL_ENV PYTHONPATH
 
-.PHONY: help setup demo check test test-full format tiny-weights clean
+.PHONY: help setup demo check test test-full chaos bench format tiny-weights clean
 
 help:
 	@echo "make demo        run the whole product on real pictures, about 11 minutes on 2 cores"
 	@echo "make test        quick tests, at most 8 minutes"
 	@echo "make test-full   the slow tests as well, at most 40 minutes"
+	@echo "make chaos       50 random kills of drivers, workers and nodes, about 15 minutes"
+	@echo "make bench       every figure the project claims, measured here"
 	@echo "make check       format, lint, types, import directions"
 	@echo "make tiny-weights  retrain the small encoders that ship with the package, about 1 hour"
 
@@ -41,6 +43,12 @@ test: setup
 
 test-full: setup
 	pytest -m "slow and not gpu and not weights"
+
+chaos: setup
+	CHAOS_KILLS=$${CHAOS_KILLS:-50} pytest -s tests/pipeline/test_chaos.py
+
+bench: setup
+	python -m tests.bench
 
 format: setup
 	ruff format .

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Run a stage over the shards it has left to do.", **OPTIONS)
 
+Device = Annotated[
+    str | None, typer.Option(help="Where encoders run: cpu, or cuda: each worker holds one GPU.")
+]
 STOPPED = {"SIGTERM": 143, "SIGINT": 130}  # exit codes, as a shell gives them
 
 
@@ -150,9 +153,7 @@ def encode(
     text: Annotated[
         str | None, typer.Option(help="full (padding kept) or trimmed (real tokens).")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, or cuda: each worker holds one GPU.")
-    ] = None,
+    device: Device = None,
 ) -> dict[str, Any]:
     """Encode pictures to latents and captions to token vectors, as MDS shards."""
     return {
@@ -167,13 +168,14 @@ def encode(
 
 @app.command("all")
 @_stage_command
-def all_() -> dict[str, Any]:
+def all_(device: Device = None) -> dict[str, Any]:
     """Download, caption and encode one source, as its YAML says."""
-    return {}
+    return {"encode.device": device}
 
 
 def _run(stages: list[str], common: Common, overrides: dict[str, Any]) -> None:
     from pipeline.config import default_root, load_config
+    from pipeline.progress import table
 
     if stages[0] == "download" and common.source is None and common.config is None:
         raise SettingError(
@@ -186,7 +188,7 @@ def _run(stages: list[str], common: Common, overrides: dict[str, Any]) -> None:
         sources = [*_sources_under(root)]
     overrides = {**overrides, "max_reject_rate": common.max_reject_rate}
     configs = [load_config(name, common.config, overrides) for name in sources]
-    failed = False
+    reports: list[Report] = []
     for record in configs:
         for stage in stages:
             report = _run_stage(stage, record, root, common)
@@ -195,8 +197,10 @@ def _run(stages: list[str], common: Common, overrides: dict[str, Any]) -> None:
             if report.stopped:
                 print("stopped; the same command goes on where it stopped", file=sys.stderr)
                 raise typer.Exit(STOPPED[report.stopped])
-            failed |= report.failed > 0
-    if failed:
+            reports.append(report)
+    if len(reports) > 1:
+        table(reports)
+    if any(report.failed for report in reports):
         raise typer.Exit(1)
 
 

@@ -7,7 +7,7 @@ import time
 from collections import deque
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
@@ -28,15 +28,7 @@ class Progress:
         self._last_line = time.monotonic() - LINE_INTERVAL_S + 2.0
         self._recent: deque[tuple[float, int, int]] = deque()  # (moment, shards, samples)
         if sys.stderr.isatty():
-            self._bar = Bar(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[facts]}"),
-                TimeElapsedColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
+            self._bar = _bar()
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
@@ -94,8 +86,54 @@ class Progress:
         return (report.samples - samples) / passed, (report.total - report.finished) * passed / made
 
 
+class Count:
+    """Progress of a command that counts shards and is no run; a context manager."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._task: TaskID | None = None
+        self._last_line = time.monotonic() - LINE_INTERVAL_S + 2.0
+        self._started = time.monotonic()
+        self._bar = _bar() if sys.stderr.isatty() else None
+
+    def __enter__(self) -> Count:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int, facts: str = "") -> None:
+        now = time.monotonic()
+        if done < total and now - self._started > 2:
+            left = (now - self._started) / max(done, 1) * (total - done)
+            facts = " · ".join([*([facts] if facts else []), f"{duration(left)} left"])
+        if self._bar is not None:
+            if self._task is None:
+                self._task = self._bar.add_task(self.title, total=total, facts="")
+            self._bar.update(self._task, completed=done, facts=facts)
+        elif now - self._last_line >= LINE_INTERVAL_S:
+            self._last_line = now
+            print(f"{self.title}: {done}/{total} shards · {facts}", file=sys.stderr, flush=True)
+
+
+def _bar() -> Bar:
+    return Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # else what goes to a file would come here
+    )
+
+
 def summarise(report: Report) -> None:
-    """The facts of a finished run on standard output: a line, and what needs attention."""
+    """The facts of a finished run on standard output: a line, and one for all that needs a look."""
     rate = f", {report.samples / report.seconds:.0f} samples/s" if report.samples else ""
     elsewhere = f"{report.elsewhere} made by another run, " if report.elsewhere else ""
     print(
@@ -103,23 +141,36 @@ def summarise(report: Report) -> None:
         f"{rate}), {report.skipped} already done, {elsewhere}{report.failed} failed, "
         f"{report.seconds:.1f} s"
     )
-    if report.rejects or report.stale or report.failures or report.retries:
-        table = Table("", "count", "what")
-        table.columns[1].justify = "right"
-        for reason, count in sorted(report.rejects.items()):
-            table.add_row("rejected", str(count), f"{reason} (rejects/ in the group says which)")
-        for reason, count in report.stale.most_common():
-            table.add_row("stale", str(count), f"shards: {reason}; --stale redoes them")
-        if report.retries:
-            table.add_row("retried", str(report.retries), "shards, after an error or a dead worker")
-        for shard, error in sorted(report.failures.items()):
-            table.add_row("failed", "1", f"shard {shard}: {error}")
-        if report.failed > len(report.failures):
-            rest = report.failed - len(report.failures)
-            table.add_row("failed", str(rest), "more shards; failures/ in the group says which")
-        console().print(table)
-    if report.bytes:
-        print(f"  wrote {size(report.bytes)} with {report.workers} workers")
+    for reason, count in sorted(report.rejects.items()):
+        print(f"  rejected: {count} {reason} (see rejects/ in the group)")
+    for reason, count in report.stale.most_common():
+        print(f"  stale: {count} shards: {reason}; --stale redoes them")
+    if report.retries:
+        print(f"  retried: {report.retries} times, after an error or a dead worker")
+    for shard, error in sorted(report.failures.items()):
+        print(f"  failed: shard {shard}: {error}")
+    if report.failed > len(report.failures):
+        rest = report.failed - len(report.failures)
+        print(f"  failed: and {rest} more (see failures/ in the group)")
+
+
+def table(reports: list[Report]) -> None:
+    """What a command of several runs did, a row a run."""
+    names = ("made", "there", "failed", "samples", "rejects", "wrote", "time")
+    rows = Table("source", "stage", *names)
+    for column in rows.columns[2:]:
+        column.justify = "right"
+    for report in reports:
+        counts = (report.shards, report.skipped + report.elsewhere, report.failed, report.samples)
+        rows.add_row(
+            report.source,
+            report.stage,
+            *map(str, counts),
+            str(report.rejects.total()),
+            size(report.bytes),
+            duration(report.seconds),
+        )
+    console().print(rows)
 
 
 def console() -> Console:

@@ -28,6 +28,7 @@ from pipeline.report import Report
 from pipeline.stages import Job, Stage
 
 ATTEMPTS = 3  # of a shard, before it is reported as failed
+OPEN_ATTEMPTS = 12  # workers in a row that die before they have opened the stage
 GRACE_S = 12.0  # a stopped run lets the shards in hand finish this long; it must end within 20 s
 PUBLISH_EVERY_S = 600.0  # so that training can begin on what is there, days before the end
 LOOK_EVERY_S = 30.0  # for workers that the cluster has room for by now
@@ -258,8 +259,17 @@ class _Pool:
             raise RuntimeError(f"a worker could not open {self.report.stage}: {error}") from None
         except self.ray.exceptions.RayError as error:
             self._opening_failed += 1
-            if self._opening_failed > 10 * ATTEMPTS:
-                raise RuntimeError(f"workers die as they start: {error}") from None
+            if self._opening_failed >= OPEN_ATTEMPTS:
+                address = self.options.address
+                remedy = (
+                    f"; if the cluster at {address} uses no token, set RAY_AUTH_MODE=disabled"
+                    if address is not None and os.environ.get("RAY_AUTH_MODE") == "token"
+                    else "; Ray's logs under /tmp/ray/session_latest/logs may say why"
+                )
+                raise SettingError(
+                    f"{OPEN_ATTEMPTS} workers in a row died as they started "
+                    f"({type(error).__name__}){remedy}"
+                ) from None
             self._open()
             return
         self._opening_failed = 0

@@ -125,14 +125,7 @@ def write_shard(
     Raises:
         TooManyRejects: more than `max_reject_rate` of the shard's samples were rejected.
     """
-    reasons = dict(sorted(Counter(reject.reason for reject in rejects).items()))
-    total = len(rejects) + len(keys)
-    if len(rejects) > max_reject_rate * total:
-        found = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        raise TooManyRejects(
-            f"{len(rejects)} of {total} samples rejected ({found}; e.g. {rejects[0].key}: "
-            f"{rejects[0].detail}), more than max_reject_rate={max_reject_rate}; not committed"
-        )
+    reasons = check_rejects(rejects, len(keys), max_reject_rate)
     if rejects:
         files = {**files, f"rejects/{shard.id}-{fingerprint(inputs)}.parquet": _table(rejects)}
     for name, data in files.items():
@@ -151,6 +144,23 @@ def write_shard(
     )
     store.write_json(commit_path(group, shard.id), asdict(commit))
     return commit
+
+
+def check_rejects(rejects: list[Reject], kept: int, max_reject_rate: float) -> dict[str, int]:
+    """Reason -> count.
+
+    Raises:
+        TooManyRejects: they are more than `max_reject_rate` of rejected and kept samples.
+    """
+    reasons = dict(sorted(Counter(reject.reason for reject in rejects).items()))
+    total = len(rejects) + kept
+    if len(rejects) > max_reject_rate * total:
+        found = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        raise TooManyRejects(
+            f"{len(rejects)} of {total} samples rejected ({found}; e.g. {rejects[0].key}: "
+            f"{rejects[0].detail}), more than max_reject_rate={max_reject_rate}; not committed"
+        )
+    return reasons
 
 
 def commit_path(group: str, shard: str) -> str:

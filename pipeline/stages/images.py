@@ -13,6 +13,7 @@ import pyarrow as pa
 from pipeline.core.commits import (
     MAX_REJECT_RATE,
     Commit,
+    check_rejects,
     plain_stem,
     read_commit,
     read_file,
@@ -89,7 +90,10 @@ def write_images(
     table = pa.Table.from_pylist(rows, schema=_SCHEMA)
     files = {".tar": write_tar(members), ".parquet": to_parquet(table)}
     stem = plain_stem(store, group, shard.id, files)
-    commit = write_shard(
+    # Before the commit, or a run that dies between the two never writes it.
+    check_rejects(rejects, len(samples), max_reject_rate)
+    store.write_json(f"{group}/{stem}_stats.json", stats)
+    return write_shard(
         store,
         group,
         shard,
@@ -99,8 +103,6 @@ def write_images(
         rejects=rejects,
         max_reject_rate=max_reject_rate,
     )
-    store.write_json(f"{group}/{stem}_stats.json", stats)
-    return commit
 
 
 def images_commit(store: Store, group: str, shard: str, content: str) -> Commit:

@@ -9,6 +9,7 @@ from pipeline.core.catalog import Catalog
 from pipeline.core.groups import publish
 from pipeline.core.store import Store
 from pipeline.plan import Choice, plan
+from pipeline.runner import remove_leftovers as _remove_leftovers
 from pipeline.sources.openmoji import OpenMoji
 from pipeline.stages import Stage
 
@@ -25,6 +26,11 @@ def run_here(stage: Stage, store: Store, choice: Choice | None = None) -> int:
     for group in stage.groups():
         publish(store, group, stage.manifest(group))
     return len(todo.pending)
+
+
+def remove_leftovers(store: Store, group: str) -> None:
+    """As a run does when it begins, alone."""
+    _remove_leftovers(store, group, alone=True)
 
 
 def mds_rows(store: Store, group: str) -> list[dict[str, Any]]:

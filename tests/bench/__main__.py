@@ -1,0 +1,26 @@
+"""Runs the benchmarks that are named, or all: `python -m tests.bench control overhead`."""
+
+from __future__ import annotations
+
+import pkgutil
+import sys
+
+from tests.bench.rows import show
+
+#: Name -> function that yields rows.
+BENCHMARKS = {
+    "control": "tests.bench.control:rows",
+    "overhead": "tests.bench.overhead:rows",
+}
+
+
+def main() -> None:
+    names = sys.argv[1:] or list(BENCHMARKS)
+    for name in names:
+        if name not in BENCHMARKS:
+            sys.exit(f"bench: no benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
+    show(row for name in names for row in pkgutil.resolve_name(BENCHMARKS[name])())
+
+
+if __name__ == "__main__":
+    main()
