@@ -8,6 +8,7 @@ worker that dies costs its shard a retry; a shard that keeps failing is reported
 from __future__ import annotations
 
 import os
+import random
 import signal
 import threading
 import time
@@ -83,7 +84,7 @@ def run(
         if todo.pending:
             announce(preflight(stage, store, todo, options.quota))
             with _Signals(report) as signals:
-                _work(stage, catalog, todo, options, report, progress, signals)
+                _work(stage, catalog, todo, options, report, progress, announce, signals)
         if not report.stopped:
             _publish(stage, store, groups)
         report.seconds = time.time() - report.started_at
@@ -110,16 +111,20 @@ def _work(
     options: Options,
     report: Report,
     progress: Callable[[Report], None],
+    announce: Callable[[str], None],
     signals: _Signals,
 ) -> None:
     store = catalog.store
     failing = {shard for group in todo.groups.values() for shard in group.failing}
     published = time.monotonic()
-    ray = _start(options)
+    ray = _start(options, announce)
     signals.arm()
     pool = _Pool(ray, stage, store, options, report)
     try:
-        for outcome in pool.outcomes(todo.jobs(stage, catalog)):
+        jobs = todo.jobs(stage, catalog)
+        if options.join:  # in another order than the run it helps, or both make the same shards
+            jobs = iter(random.sample(found := list(jobs), len(found)))
+        for outcome in pool.outcomes(jobs):
             if outcome is not None:
                 job, found = outcome
                 groups = list(job.groups)
@@ -399,7 +404,7 @@ class _Signals:
 _STOP = (signal.SIGTERM, signal.SIGINT)
 
 
-def _start(options: Options) -> Any:
+def _start(options: Options, announce: Callable[[str], None]) -> Any:
     # Ray reads these when it is imported.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
@@ -424,7 +429,9 @@ def _start(options: Options) -> Any:
         return ray
     # "local": a leftover session file would otherwise make Ray join a cluster that is gone.
     cpus = max(options.workers or 0, os.cpu_count() or 1)
-    ray.init(address="local", num_cpus=cpus, include_dashboard=options.dashboard, **quiet)
+    context = ray.init(address="local", num_cpus=cpus, include_dashboard=options.dashboard, **quiet)
+    if options.dashboard:
+        announce(f"Ray's dashboard: http://{context.dashboard_url}")
     return ray
 
 

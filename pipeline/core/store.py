@@ -15,7 +15,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from pipeline.core import process
 from pipeline.core.errors import SettingError, StorageError
@@ -47,6 +47,9 @@ class Store:
             self.root = str(Path(self.root.removeprefix("file://")).absolute())
         else:
             self._fs = _filesystem(self.root, protocol)
+            # One request a file: s3fs would ask for its size first, to read a large one in parts,
+            # and begin none again that was cut off.
+            self._whole = {"max_concurrency": 1} if protocol in _S3 else {}
 
     def url(self, path: str) -> str:
         return f"{self.root}/{path}" if path else self.root
@@ -54,7 +57,7 @@ class Store:
     def exists(self, path: str) -> bool:
         with self._explained(path, "read"):
             if self._fs is None:
-                return os.path.exists(self.url(path))
+                return _stat(self.url(path)) is not None
             return self._fs.exists(self.url(path))
 
     def entries(self, folder: str) -> list[Entry]:
@@ -65,12 +68,13 @@ class Store:
                     found = [
                         Entry(f"{folder}/{e.name}".lstrip("/"), s.st_size, str(s.st_mtime_ns))
                         for e in os.scandir(self.url(folder))
-                        if e.is_file() and TEMPORARY not in e.name and (s := e.stat())
+                        if e.is_file() and TEMPORARY not in e.name and (s := _stat(e.path))
                     ]
                 else:
-                    rows = self._fs.ls(self.url(folder), detail=True)
-                    found = [self._entry(row) for row in rows if row["type"] == "file"]
-            except (FileNotFoundError, NotADirectoryError):
+                    rows = self._list(folder)
+                    found = [self._entry(row) for row in rows if _is_file(row)]
+            except _ABSENT as error:
+                _require_bucket(error)
                 return []
         return sorted(found)
 
@@ -80,7 +84,7 @@ class Store:
             with self._explained(folder, "read"):
                 try:
                     found = [e.name for e in os.scandir(self.url(folder)) if e.is_file()]
-                except (FileNotFoundError, NotADirectoryError):
+                except _ABSENT:
                     return []
             return sorted(name for name in found if TEMPORARY not in name)
         return [entry.path.rsplit("/", 1)[-1] for entry in self.entries(folder)]
@@ -91,8 +95,9 @@ class Store:
             try:
                 if self._fs is None:
                     return sorted(e.name for e in os.scandir(self.url(folder)) if e.is_dir())
-                rows = self._fs.ls(self.url(folder), detail=True)
-            except (FileNotFoundError, NotADirectoryError):
+                rows = self._list(folder)
+            except _ABSENT as error:
+                _require_bucket(error)
                 return []
         return sorted(
             row["name"].rstrip("/").rsplit("/", 1)[1] for row in rows if row["type"] == "directory"
@@ -102,31 +107,60 @@ class Store:
         """Every file below a folder, temporary ones included."""
         with self._explained(folder, "read"):
             if self._fs is None:
-                for path in sorted(Path(self.url(folder)).rglob("*")):
-                    if path.is_file():
-                        stat = path.stat()
-                        name = str(path.relative_to(self.root))
+                for path in sorted(_files(self.url(folder))):
+                    if stat := _stat(path):
+                        name = os.path.relpath(path, self.root)
                         yield Entry(name, stat.st_size, str(stat.st_mtime_ns))
                 return
-            rows = self._fs.find(self.url(folder), detail=True)
-        yield from sorted(self._entry(row) for row in rows.values())
+            try:
+                rows = self._fs.find(self.url(folder), detail=True)
+            except _ABSENT as error:
+                _require_bucket(error)
+                return
+        yield from sorted(self._entry(row) for row in rows.values() if _is_file(row))
 
     def read(self, path: str) -> bytes:
         with self._explained(path, "read"):
             if self._fs is None:
                 return Path(self.url(path)).read_bytes()
-            return self._fs.cat_file(self.url(path))
+            return self._fs.cat_file(self.url(path), **self._whole)
 
-    def read_many(self, paths: list[str]) -> Iterator[bytes]:
-        """Small files, in order; on an object store many requests are under way at once."""
-        if self._fs is None:
-            yield from map(self.read, paths)
-            return
+    def read_many(self, paths: list[str]) -> Iterator[bytes | None]:
+        """Small files, in order, None for one that is not there; on an object store many requests
+        are under way at once."""
         for start in range(0, len(paths), _REQUESTS):
-            urls = [self.url(path) for path in paths[start : start + _REQUESTS]]
-            with self._explained(paths[start], "read"):
-                found = self._fs.cat(urls)
-            yield from (found[self._fs._strip_protocol(url)] for url in urls)
+            some = paths[start : start + _REQUESTS]
+            if self._fs is None:
+                yield from map(self._read_if_there, some)
+                continue
+            urls = [self.url(path) for path in some]
+            with self._explained(some[0], "read"):
+                found = self._fs.cat(urls, on_error="return", **self._whole)
+            for path, url in zip(some, urls, strict=True):
+                data = found[self._fs._strip_protocol(url)]
+                if isinstance(data, Exception) and (
+                    not isinstance(data, _ABSENT) or _no_bucket(data)
+                ):
+                    with self._explained(path, "read"):
+                        raise data
+                yield None if isinstance(data, Exception) else data
+
+    def _read_if_there(self, path: str) -> bytes | None:
+        try:
+            return self.read(path)
+        except FileNotFoundError:
+            return None
+
+    def _list(self, folder: str) -> list[dict[str, Any]]:
+        """What lies in a folder of an object store, as fsspec tells it."""
+        if hasattr(self._fs, "_lsdir"):
+            # s3fs looks for a folder that is not there in its parent, and lists all of that: of a
+            # group, every data file, to learn that no shard of it has failed.
+            from fsspec.asyn import sync
+
+            path = self._fs._strip_protocol(self.url(folder))
+            return cast(list[dict[str, Any]], sync(self._fs.loop, self._fs._lsdir, path))
+        return self._fs.ls(self.url(folder), detail=True)
 
     def write(self, path: str, data: bytes) -> None:
         """The file appears whole, under its final name, or not at all."""
@@ -157,10 +191,13 @@ class Store:
                 self._fs.rm_file(self.url(path))
 
     def remove_empty(self, folder: str) -> None:
-        """Deletes a folder that holds nothing; an object store has none."""
+        """Deletes a folder that holds nothing, and those above it that then hold nothing, up to
+        the root; an object store has no folders."""
         if self._fs is None:
             with contextlib.suppress(OSError):
-                os.rmdir(self.url(folder))
+                while folder:
+                    os.rmdir(self.url(folder))
+                    folder = folder.rpartition("/")[0]
 
     def read_json(self, path: str) -> Any:
         return json.loads(self.read(path))
@@ -189,10 +226,11 @@ class Store:
         """What the file system, or the quota it reports, leaves; None on an object store."""
         if self._fs is not None:
             return None
-        folder = Path(self.root)
-        while not folder.exists():
-            folder = folder.parent
-        return shutil.disk_usage(folder).free
+        with self._explained("", "read"):
+            folder = Path(self.root)
+            while not folder.exists():
+                folder = folder.parent
+            return shutil.disk_usage(folder).free
 
     def _entry(self, row: dict[str, Any]) -> Entry:
         path = row["name"]
@@ -204,10 +242,13 @@ class Store:
     def _explained(self, path: str, verb: str, need: int = 0) -> Iterator[None]:
         try:
             yield
-        except (FileNotFoundError, NotADirectoryError) as error:
-            if verb == "read":
+        except _ABSENT as error:
+            if verb == "read" and not _no_bucket(error):
                 raise
-            raise StorageError(f"cannot write {self.url(path)}: {_first_line(error)}") from error
+            remedy = "; create it, or choose another --root" if _no_bucket(error) else ""
+            raise StorageError(
+                f"cannot {verb} {self.url(path)}: {_first_line(error)}{remedy}"
+            ) from error
         except OSError as error:
             raise StorageError(self._explain(path, verb, need, error)) from error
         except Exception as error:
@@ -230,15 +271,25 @@ class Store:
             return f"{where}: read-only file system; mount it writable or choose another --root"
         if isinstance(error, PermissionError):
             who = f"uid {os.getuid()} has" if self.local else "the credentials in use have"
-            return f"{where}: permission denied: {who} no right to {verb} here"
+            mend = "run as its owner" if self.local else "check them"
+            return (
+                f"{where}: permission denied: {who} no right to {verb} here; {mend}, or choose "
+                "another --root"
+            )
+        if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):  # botocore's
+            return f"{where}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         return (
             f"{where}: {_first_line(error)}"
             + (f" ({size(need)} to write)" if need else "")
-            + "; once the store answers again, run the same command again"
+            + ("; once it works again, " if self.local else "; once the store answers again, ")
+            + "run the same command again"
         )
 
 
-_REQUESTS = 256  # under way at once, and held in memory, by read_many
+_REQUESTS = 256  # files that read_many asks for at once, and holds in memory
+_CONNECTIONS = 64  # to an object store; botocore's 10 are few where each answer takes 30 ms
+_ABSENT = (FileNotFoundError, NotADirectoryError)
+_S3 = ("s3", "s3a")
 
 
 def _filesystem(root: str, protocol: str) -> Any:
@@ -246,11 +297,43 @@ def _filesystem(root: str, protocol: str) -> Any:
 
     try:
         # Listings are asked for to see what others wrote a moment ago: never from a cache.
-        return fsspec.filesystem(protocol, use_listings_cache=False)
+        found = fsspec.filesystem(protocol, use_listings_cache=False)
     except (ImportError, ValueError) as error:
         extra = {"s3": "s3", "gs": "gs", "gcs": "gs"}.get(protocol)
         remedy = f"; install the extra: pip install microdit[{extra}]" if extra else ""
         raise SettingError(f"--root {root}: {_first_line(error)}{remedy}") from error
+    if protocol in _S3:
+        _patient(found)
+    return found
+
+
+def _patient(s3: Any) -> None:
+    """How long to try, before the first request; FSSPEC_S3 and AWS_MAX_ATTEMPTS still decide.
+
+    Botocore tries five times and waits between; s3fs does all that five times, for what it thinks
+    worth it, among it a server that says nothing: 25 times 15 s. It is also the only one to begin
+    a download again that was cut off, hence twice. And 15 s is too short for an upload over a slow
+    line, where a few megabytes still lie in the kernel's buffer when the waiting begins.
+    """
+    s3.retries = 2
+    s3.config_kwargs.setdefault("read_timeout", 30)
+    s3.config_kwargs.setdefault("max_pool_connections", _CONNECTIONS)
+
+
+def _is_file(row: dict[str, Any]) -> bool:
+    """Not a folder: some stores, and consoles, keep an empty object "folder/" for one."""
+    return row["type"] == "file" and not row["name"].endswith("/")
+
+
+def _no_bucket(error: BaseException) -> bool:
+    response = getattr(error.__cause__, "response", None) or {}
+    return response.get("Error", {}).get("Code") == "NoSuchBucket"
+
+
+def _require_bucket(error: Exception) -> None:
+    """Nothing is in a folder that is not there; but a bucket that is not there is a mistake."""
+    if _no_bucket(error):
+        raise error
 
 
 def temporary_name(name: str) -> str:
@@ -281,8 +364,29 @@ def size(count: float) -> str:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, TimeoutError) and not str(error):
+        return "no answer in time"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return str(text).strip().splitlines()[0]
+
+
+def _stat(path: str) -> os.stat_result | None:
+    """None for a file that is not there, or was deleted since the listing."""
+    try:
+        return os.stat(path)
+    except _ABSENT:
+        return None
+
+
+def _files(folder: str) -> Iterator[str]:
+    """Every file below; a folder that cannot be read is an error, one that is gone is not."""
+
+    def refused(error: OSError) -> None:
+        if not isinstance(error, _ABSENT):
+            raise error
+
+    for path, _, names in os.walk(folder, onerror=refused):
+        yield from (os.path.join(path, name) for name in names)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,20 +11,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import build_stage, load_config
 from pipeline.core.catalog import Catalog
-from pipeline.core.commits import Commit, keys_hash, write_shard
+from pipeline.core.commits import Commit, keys_hash
 from pipeline.core.samples import InputShard
 from pipeline.core.store import Store, fingerprint
 from pipeline.runner import Options, run
-from pipeline.stages import Job
 from tests.bench.rows import Row, median, seconds
+from tests.pipeline.tiny_stage import TinyStage
 
 SHARDS = 10_000
 PIPELINE = str(Path(sys.executable).with_name("pipeline"))
@@ -138,48 +137,6 @@ def _command(line: list[str]) -> tuple[float, float]:
 
     spent = median(once)
     return spent, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000
-
-
-class TinyStage:
-    """Shards of a few bytes: what is left is what the runner costs."""
-
-    name, source, gpus = "tiny", "bench", 0.0
-
-    def __init__(self, shards: int, samples: int) -> None:
-        self.count, self.samples = shards, samples
-
-    def groups(self) -> list[str]:
-        return ["bench/tiny"]
-
-    def plan(self, catalog: Catalog) -> Iterable[Job]:
-        for number in range(self.count):
-            inputs = {"stage": self.name, "number": number, "config": dict.fromkeys("abcdefgh", 1)}
-            yield Job(InputShard(f"{number:05d}", "train"), {"bench/tiny": inputs})
-
-    def estimate(self, job: Job, group: str) -> int:
-        return 100
-
-    def open(self, store: Store) -> _TinyWorker:
-        return _TinyWorker(self, store)
-
-    def manifest(self, group: str) -> None:
-        return None
-
-
-class _TinyWorker:
-    def __init__(self, stage: TinyStage, store: Store) -> None:
-        self.stage, self.store = stage, store
-        self.counters: Counter[str] = Counter()
-
-    def __call__(self, job: Job) -> dict[str, Commit]:
-        keys = [f"{job.shard.id}{i:04d}" for i in range(self.stage.samples)]
-        data = "".join(keys).encode()
-        return {
-            group: write_shard(
-                self.store, group, job.shard, inputs, {f"{job.shard.id}.bin": data}, keys, []
-            )
-            for group, inputs in job.groups.items()
-        }
 
 
 class _Peak:

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.pipeline.cluster import RayCluster
 from tests.pipeline.roots import tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(5400)]
@@ -157,19 +158,12 @@ def test_drivers_and_workers_killed(config, undisturbed, tmp_path, clean_shared_
     print(f"{killed.total()} kills over {number} roots: {dict(killed)}")
 
 
-def test_raylets_killed(config, undisturbed, tmp_path, clean_shared_memory, monkeypatch):
-    """Nodes of a 3-node cluster die with all that runs there; each is replaced, like a spot node."""
-    # Ray's test cluster uses no token, however many this machine has.
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    import ray
-    from ray.cluster_utils import Cluster
-
+def test_raylets_killed(config, undisturbed, tmp_path, clean_shared_memory):
+    """Nodes of a 3-node cluster die with all that runs there; each is replaced, as on spot."""
     rng = random.Random(SEED + 1)
     wanted = max(2, KILLS - KILLS * 2 // 3)
     killed: Counter[str] = Counter()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
-        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    with RayCluster(nodes=3) as cluster:
         number = 0
         while killed.total() < wanted:
             root = tmp_path / f"{number}"
@@ -178,12 +172,8 @@ def test_raylets_killed(config, undisturbed, tmp_path, clean_shared_memory, monk
             while killed.total() < wanted and process.poll() is None:
                 stage = wait_for_a_moment(process, root, rng)
                 if process.poll() is None:
-                    cluster.remove_node(nodes.pop(rng.randrange(2)), allow_graceful=False)
+                    cluster.kill_node()
                     killed[f"raylet in {stage}"] += 1
-                    nodes.append(cluster.add_node(num_cpus=1))
             finish(config, root, process, cluster.address)
             check(root, undisturbed)
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
     print(f"{killed.total()} kills over {number} roots: {dict(killed)}")

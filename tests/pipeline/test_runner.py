@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -124,19 +127,96 @@ def test_a_poisoned_shard_costs_only_itself(config, uninterrupted, tmp_path):
     tar.write_bytes(whole[:700])
     result = pipeline(config, tmp_path, "encode")
     assert result.returncode == 1
+    assert "6 shards made" in result.stdout
     assert "1 failed" in result.stdout
-    assert "failed: shard 00002: ReadError" in result.stdout
+    assert "failed: shard 00002: BrokenShard" in result.stdout
+    (row, *_) = status(config, tmp_path, "latents/tiny4/64")
+    assert (row["done"], row["left"], list(row["failing"])) == (SHARDS - 1, 1, ["00002"])
+    assert "differs from its commit record" in row["failing"]["00002"]
     tar.write_bytes(whole)
+    assert pipeline(config, tmp_path, "encode").returncode == 0
+    assert tree(tmp_path) == uninterrupted
+    (row, *_) = status(config, tmp_path, "latents/tiny4/64")
+    assert (row["done"], row["left"], row["failing"], row["stale"]) == (SHARDS, 0, {}, {})
+
+
+def test_a_run_that_rejects_everything_commits_nothing(config, uninterrupted, tmp_path):
+    copy_inputs(uninterrupted, tmp_path)
+    result = pipeline(config, tmp_path, "encode", "--resolutions", "256", "--captions", "alt")
+    assert result.returncode == 1
+    assert result.stdout.count("TooManyRejects: ") == SHARDS
+    assert "8 of 8 samples rejected (8 too-small; e.g. 000000000: 64x64" in result.stdout
+    assert not list(tmp_path.glob("openmoji/latents/tiny4/256/commits/*.json"))
+
+
+@pytest.mark.parametrize("whole_group", [False, True], ids=["driver", "process group"])
+def test_sigterm_ends_the_run_within_20_s_with_a_code_of_its_own(
+    config, uninterrupted, tmp_path, whole_group
+):
+    copy_inputs(uninterrupted, tmp_path)
+    with begun(config, tmp_path) as process:
+        started = time.monotonic()
+        if whole_group:
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            process.terminate()
+        _, errors = process.communicate(timeout=60)
+        spent = time.monotonic() - started
+    assert process.returncode == 143, errors
+    assert spent < 20
+    assert "stopped; the same command goes on where it stopped" in errors
+    left = tree(tmp_path)
+    assert not [name for name in left if ".tmp-" in name or "/leases/" in name]
+    assert set(left) < set(uninterrupted) | {n for n in left if n.endswith("json")}
     assert pipeline(config, tmp_path, "encode").returncode == 0
     assert tree(tmp_path) == uninterrupted
 
 
-def test_a_run_that_rejects_everything_fails(config, uninterrupted, tmp_path):
+def test_a_second_run_is_told_who_holds_it_and_may_join(config, uninterrupted, tmp_path):
     copy_inputs(uninterrupted, tmp_path)
-    result = pipeline(config, tmp_path, "encode", "--resolutions", "256", "--captions", "alt")
-    assert result.returncode == 1
-    assert "rejected: 48 too-small" in result.stdout
-    assert "every sample was rejected" in result.stdout
+    with begun(config, tmp_path) as process:
+        second = pipeline(config, tmp_path, "encode")
+        joined = pipeline(config, tmp_path, "encode", "--join")
+        process.communicate()
+    assert second.returncode == 2
+    assert f"is being written by process {process.pid} on" in second.stderr
+    assert "--join" in second.stderr
+    assert (process.returncode, joined.returncode) == (0, 0)
+    assert tree(tmp_path) == uninterrupted
+
+
+def test_one_encoder_is_not_loaded_for_the_others_group(config, uninterrupted, tmp_path):
+    copy_inputs(uninterrupted, tmp_path)
+    assert pipeline(config, tmp_path, "encode").returncode == 0
+    for name, option in (("vae tiny16", "--vae=tiny16"), ("text encoder", "--captions=alt")):
+        assert pipeline(config, tmp_path, "encode", "--workers=1", option).returncode == 0
+        report = json.loads(max((tmp_path / "openmoji/runs/encode").iterdir()).read_text())
+        (loaded,) = report["counters"]
+        assert loaded.startswith(f"loaded {name}")
+    after = tree(tmp_path)
+    assert {name: after[name] for name in uninterrupted} == uninterrupted
+
+
+@contextlib.contextmanager
+def begun(config: Path, root: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run of encode that has committed its first shard and has more to do."""
+    with subprocess.Popen(
+        command(config, root, "encode", "--workers", "1"),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        commits = root / "openmoji/latents/tiny4/64/commits"
+        while not commits.exists() and process.poll() is None:
+            time.sleep(0.01)
+        yield process
+
+
+def status(config: Path, root: Path, group: str) -> list[dict]:
+    line = [PIPELINE, "status", "--config", config, "--root", root, "--json"]
+    rows = json.loads(subprocess.run(line, capture_output=True, check=True).stdout)
+    return [row for row in rows if row["group"] == group and row["configured"]]
 
 
 def _workers_of(driver: int) -> list[int]:
