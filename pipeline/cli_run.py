@@ -210,8 +210,9 @@ def _run_stage(name: str, config: DataConfig, root: str, common: Common) -> Repo
     from pipeline.core.catalog import Catalog
     from pipeline.core.store import Store
     from pipeline.plan import Choice, plan, preflight
+    from pipeline.pool import Options
     from pipeline.progress import Progress, summarise
-    from pipeline.runner import Options, run
+    from pipeline.runner import run
 
     stage = build_stage(name, config)
     quota = None if common.quota is None else parse_size(common.quota)

@@ -21,7 +21,8 @@ from pipeline.core.catalog import Catalog
 from pipeline.core.commits import Commit, keys_hash
 from pipeline.core.samples import InputShard
 from pipeline.core.store import Store, fingerprint
-from pipeline.runner import Options, run
+from pipeline.pool import Options
+from pipeline.runner import run
 from tests.bench.rows import Row, median, seconds
 from tests.pipeline.tiny_stage import TinyStage
 

@@ -13,7 +13,8 @@ from typing import Any
 from pipeline.core.catalog import Catalog
 from pipeline.core.store import Store
 from pipeline.plan import plan
-from pipeline.runner import Options, run
+from pipeline.pool import Options
+from pipeline.runner import run
 from pipeline.sources.openmoji import OpenMoji
 from pipeline.stages import Stage
 from pipeline.stages.caption import CaptionStage

@@ -51,14 +51,14 @@ def main() -> None:
 
     ensure_token_if_auth_enabled()
     nodes, cpus, gpus = map(int, sys.argv[1:])
-    resources = {"num_cpus": cpus, "num_gpus": gpus}
-    cluster = Cluster(initialize_head=True, head_node_args=resources)
-    others = [cluster.add_node(**resources) for _ in range(nodes - 1)]
+    head = {"num_cpus": cpus, "num_gpus": gpus}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    others = [cluster.add_node(num_cpus=cpus, num_gpus=gpus) for _ in range(nodes - 1)]
     print(f"cluster: {cluster.address}", flush=True)
     try:
         for _ in sys.stdin:
             cluster.remove_node(others.pop(0), allow_graceful=False)
-            others.append(cluster.add_node(**resources))
+            others.append(cluster.add_node(num_cpus=cpus, num_gpus=gpus))
             print("cluster: killed", flush=True)
     finally:
         cluster.shutdown()

@@ -15,8 +15,9 @@ from pipeline.core.commits import read_commits
 from pipeline.core.errors import SettingError
 from pipeline.core.store import Store
 from pipeline.plan import Choice, plan, preflight
+from pipeline.pool import ATTEMPTS, Options
 from pipeline.report import Report, last
-from pipeline.runner import ATTEMPTS, Options, run
+from pipeline.runner import run
 from tests.pipeline.cluster import RayCluster
 from tests.pipeline.tiny_stage import GROUP, TinyStage
 
@@ -66,7 +67,7 @@ def test_what_was_made_meanwhile_is_not_made_again(tmp_path):
 
 def test_workers_hold_gpus_only_where_the_stage_asks(tmp_path):
     with pytest.raises(SettingError, match="device=cuda: this machine offers Ray no GPU"):
-        run(TinyStage(3, gpus=1.0), str(tmp_path / "none"))
+        run(TinyStage(3, gpus=1.0), str(tmp_path / "none"), Options())
     with RayCluster(nodes=1, cpus=4, gpus=2) as cluster:
         options = Options(address=cluster.address)
         report = run(TinyStage(40, gpus=1.0), str(tmp_path / "gpu"), options)
@@ -107,7 +108,7 @@ def test_a_preflight_says_what_a_run_needs_and_refuses_what_does_not_fit(tmp_pat
     assert "50 shards left, 0 done; needs about 5.0 KB of " in preflight(stage, store, todo)
     monkeypatch.setattr(Store, "free_bytes", lambda self: 4000)
     with pytest.raises(SettingError, match=r"needs about 5.0 KB, 4.0 KB is free .* --shards"):
-        run(stage, str(tmp_path))
+        run(stage, str(tmp_path), Options())
     monkeypatch.undo()
     store.write("other", b"x" * 3000)
     assert "3.0 KB of the quota of 9.0 KB is used" in preflight(stage, store, todo, quota=9000)
