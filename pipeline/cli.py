@@ -64,6 +64,183 @@ def fetch(name: Annotated[str, typer.Argument(help="A VAE or text encoder, e.g. 
     print(f"{name}: {fetch_repo(repo, subfolder)}")
 
 
+@app.command()
+def verify(
+    root: Root = None,
+    source: Source = None,
+    group: Annotated[
+        str | None, typer.Option(help="Only this group, e.g. latents/sdxl/256.")
+    ] = None,
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair",
+            help="Put broken shards back to what is left to do, and publish their groups anew. "
+            "Deletes their commit records, never a data file.",
+        ),
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; default: all CPUs.")
+    ] = None,
+) -> None:
+    """Read every committed byte again and say what is wrong: exit 1 if anything is."""
+    import contextlib
+    import shlex
+
+    from pipeline.checks import Problem
+    from pipeline.config import default_root
+    from pipeline.core import lease
+    from pipeline.core.store import Store, size
+    from pipeline.progress import Count
+    from pipeline.verify import Summary, as_json, select
+    from pipeline.verify import repair as put_back
+    from pipeline.verify import verify as check_all
+
+    store = Store(root or default_root())
+    groups = select(store, source, group)
+    problems: list[Problem] = []
+    lines: list[str] = []
+    held = contextlib.nullcontext()
+    if repair:
+        names = [f"{s}/{g}" for s, g in groups]
+        command = shlex.join(["pipeline", *sys.argv[1:]])
+        held = lease.held(store, names, command, remedy=lease.WAIT)
+
+    def found(problem: Problem) -> None:
+        if repair or json_:
+            problems.append(problem)
+        if not json_:
+            print(problem, flush=True)
+
+    with held:
+        with Count("verify") as count:
+
+            def progress(done: int, total: int, so_far: Summary) -> None:
+                facts = f"{size(so_far.bytes)} · {so_far.problems} problems"
+                count(done, total, facts)
+
+            def note(line: str) -> None:
+                print(line, file=sys.stderr)
+
+            summary = check_all(store, groups, workers, found, progress, note)
+        if repair and problems:
+            lines = put_back(store, problems)
+    if json_:
+        print(as_json(problems, summary, lines))
+    else:
+        for line in lines:
+            print(f"repair: {line}")
+        print(
+            f"verify: {summary.groups} groups, {summary.shards} shards, {summary.samples} samples, "
+            f"{size(summary.bytes)} read, {summary.problems} problems, {summary.seconds:.1f} s"
+        )
+    if summary.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def prune(
+    root: Root = None,
+    source: Source = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete them without being asked.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Machine-readable, every name.")] = False,
+) -> None:
+    """List files that no commit names, and delete them with --yes.
+
+    They are what redone shards replaced and what dead runs left. A training that started before a
+    shard was redone may still read the file that was replaced: prune when such trainings are over.
+    """
+    import shlex
+
+    from pipeline.config import default_root
+    from pipeline.core import lease
+    from pipeline.core.store import Store
+    from pipeline.prune import as_json, common, delete, find, leased, show, total
+    from pipeline.status import sources_of
+
+    store = Store(root or default_root())
+    sources = sources_of(store, source)
+    groups = [group for name in sources for group in leased(store, name)]
+    lease.refuse_if_held(store, groups, remedy=lease.WAIT)
+    garbage = [found for name in sources for found in find(store, name)]
+    if not json_:
+        print("\n".join(show(garbage)))
+    if garbage and not yes and not json_ and sys.stdin.isatty():
+        yes = typer.confirm(f"delete {total(garbage)}?", err=True)
+    deleted = bool(garbage and yes)
+    if deleted:
+        command = shlex.join(["pipeline", *sys.argv[1:]])
+        groups = [group for group in groups if store.exists(group)]
+        with lease.held(store, groups, command, remedy=lease.WAIT):
+            # Again, now that no run can begin: one may have come and gone since.
+            garbage = common(garbage, [found for name in sources for found in find(store, name)])
+            delete(store, garbage)
+    if json_:
+        print(as_json(garbage, deleted))
+    elif deleted:
+        print(f"freed: {total(garbage)}")
+    elif garbage:
+        print("nothing was deleted; --yes deletes them")
+
+
+@app.command()
+def drop(
+    keys: Annotated[
+        str | None, typer.Option(help="File with a sample's key in each line; - is stdin.")
+    ] = None,
+    urls: Annotated[
+        str | None, typer.Option(help="File with a picture's URL in each line; - is stdin.")
+    ] = None,
+    root: Root = None,
+    source: Source = None,
+) -> None:
+    """Take samples out: training leaves them out from its next start.
+
+    Their bytes go when `pipeline run all --stale` makes the shards anew and `pipeline prune` frees
+    what that replaced. Exit 1 if an entry is in no shard; the others are out all the same.
+    """
+    from pipeline.config import default_root
+    from pipeline.core.store import Store
+    from pipeline.drop import describe, read_list
+    from pipeline.drop import drop as take_out
+    from pipeline.progress import Count
+    from pipeline.status import sources_of
+
+    if (keys is None) == (urls is None):
+        raise SettingError("drop: give either --keys FILE or --urls FILE")
+    column, name = ("key", keys) if keys is not None else ("url", urls or "")
+    entries = read_list(_lines(f"--{column}s", name))
+    if not entries:
+        raise SettingError(f"--{column}s {name}: names nothing")
+    store = Store(root or default_root())
+    sources = sources_of(store, source)
+    if column == "key" and len(sources) > 1:
+        raise SettingError(
+            "drop --keys: a key is unique in its source only; name it with --source, there are: "
+            + ", ".join(sources)
+        )
+    matched: set[str] = set()
+    for name in sources:
+        with Count(f"drop {name}") as count:
+            found = take_out(store, name, entries, column, count)
+        matched |= found.matched
+        print("\n".join(describe(name, found)))
+    unmatched = [entry for entry in entries if entry not in matched]
+    for entry in unmatched:
+        print(f"in no shard: {entry}")
+    if unmatched:
+        raise typer.Exit(1)
+
+
+def _lines(option: str, name: str) -> list[str]:
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"{option} {name}: cannot be read as text ({error})") from error
+    return text.splitlines()
+
+
 def main() -> None:
     """Entry point: errors that a person can mend are one line; README lists the exit codes."""
     try:

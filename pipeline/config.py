@@ -33,6 +33,8 @@ class EncodeConfig(BaseModel):
     batch_size: int = 16
     seed: int = 0
     device: str = "cpu"
+    hashes: list[str] = []
+    compression: str | None = None
 
 
 class DataConfig(BaseModel):
@@ -122,7 +124,8 @@ def build_stage(name: str, config: DataConfig) -> Stage:
     from pipeline.stages.encode import EncodeSettings
 
     values = config.encode.model_dump()
-    values["resolutions"] = tuple(values["resolutions"])
+    for name in ("resolutions", "hashes"):
+        values[name] = tuple(values[name])
     return cls(config.source, EncodeSettings(**values), config.max_reject_rate)
 
 

@@ -45,20 +45,9 @@ def collect(root: str, source: str | None = None, config: Path | None = None) ->
         SettingError: nothing is there, or no such source.
     """
     store = Store(root)
-    sources = [name for name in store.folders("") if store.folders(f"{name}/images")]
-    if not sources:
-        raise SettingError(
-            f"--root {root}: nothing there; start with `pipeline run download --source openmoji`"
-        )
-    if source is not None and source not in sources:
-        raise SettingError(
-            f"source={source}: not under {root}{nearest(source, sources)}; "
-            f"there: {', '.join(sources)}"
-        )
+    sources = sources_of(store, source)
     catalog = Catalog(store)
-    return [
-        row for name in ([source] if source else sources) for row in _source(catalog, name, config)
-    ]
+    return [row for name in sources for row in _source(catalog, name, config)]
 
 
 def show(rows: list[GroupStatus]) -> None:
@@ -167,6 +156,31 @@ def _row(
         bytes=found.bytes,
         samples_per_s=rate,
     )
+
+
+def sources_of(store: Store, source: str | None = None) -> list[str]:
+    """The sources under a root, or the one that is named.
+
+    Raises:
+        SettingError: nothing is there, or no such source.
+    """
+    kinds = {"images", "captions", "latents", "text"}
+    sources = [
+        name
+        for name in store.folders("")
+        if kinds & set(store.folders(name)) and groups_of(store, name)
+    ]
+    if not sources:
+        raise SettingError(
+            f"--root {store.root}: nothing there; start with "
+            "`pipeline run download --source openmoji`"
+        )
+    if source is not None and source not in sources:
+        raise SettingError(
+            f"source={source}: not under {store.root}{nearest(source, sources)}; "
+            f"there: {', '.join(sources)}"
+        )
+    return sources if source is None else [source]
 
 
 def groups_of(store: Store, source: str) -> list[str]:

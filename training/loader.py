@@ -6,24 +6,30 @@ resumable in the middle of an epoch through its loader's state.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import json
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
 from streaming import Stream, StreamingDataLoader, StreamingDataset
 from streaming.base.format.mds import MDSReader
 
+from pipeline.core import drops
 from pipeline.core.latents import to_model
 from pipeline.core.manifest import VaeFacts
 from pipeline.core.store import Store
 from training.preflight import Plan, Source, world_size
 from training.randomness import Rows, keyed_seed
+from training.takedown import dropped_rows
 from training.text import TextGroup
+
+T = TypeVar("T")
 
 OPEN_SHARDS = 1024  # in each loader process; the kernel allows 65,530 maps
 
@@ -38,9 +44,24 @@ class Sample(TypedDict):
 
 
 class SplitStream(Stream):
-    """The shards of one split of a latents group; the index says which they are."""
+    """The shards of one split of a latents group; the index says which they are.
 
-    def __init__(self, source: Source, store: Store, split: str, cache: Path, text: TextGroup):
+    Args:
+        text: the captions of the same source.
+        dropped: input shard -> keys of samples that are not to be streamed.
+        command: what makes the group, for error messages.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        store: Store,
+        split: str,
+        cache: Path,
+        text: TextGroup,
+        dropped: dict[str, frozenset[str]],
+        command: str,
+    ) -> None:
         url = store.url(source.latents_group)
         if store.local:
             super().__init__(local=url)
@@ -48,6 +69,9 @@ class SplitStream(Stream):
             super().__init__(remote=url, local=str(cache / source.latents_group))
         self.wanted_split = split
         self.text = text
+        self.dropped = dropped
+        self.command = command
+        self._store, self._group = store, source.latents_group
         self.inputs: list[str] = []  # input shards, in the order of this stream's shards
 
     def get_shards(self, world, allow_unsafe_types: bool):
@@ -56,17 +80,36 @@ class SplitStream(Stream):
         with open(os.path.join(self.local, "index.json"), encoding="utf-8") as file:
             index = json.load(file)
         pairs = zip(index["shards"], index["inputs"], strict=True)
-        wanted = [(s, r["shard"]) for s, r in pairs if r["split"] == self.wanted_split]
-        self.inputs = [name for _, name in wanted]
-        return [MappedReader.from_json(self.local, "", shard) for shard, _ in wanted]
+        wanted = [(shard, r) for shard, r in pairs if r["split"] == self.wanted_split]
+        records = [record for _, record in wanted]
+        gone = dropped_rows(self._store, self._group, records, self.dropped, self.command)
+        readers = []
+        self.inputs = []
+        for shard, record in wanted:
+            reader = MappedReader.from_json(self.local, "", shard)
+            reader.leave_out(gone.get(record["shard"], []))
+            if reader.samples:
+                readers.append(reader)
+                self.inputs.append(record["shard"])
+        return readers
 
 
 class MappedReader(MDSReader):
     """Maps its file; the library opens it for every sample, which takes longer than reading."""
 
+    skips: Sequence[int] = ()
+
+    def leave_out(self, rows: list[int]) -> None:
+        """These rows, in ascending order, do not exist for the dataset."""
+        self.samples -= len(rows)
+        # How many kept rows come before each. Kept row number i is row i plus the dropped ones
+        # before it: those that have no more than i kept rows before them.
+        self.skips = [row - number for number, row in enumerate(rows)]
+
     def get_sample_data(self, idx: int) -> bytes:
         """A sample's bytes. Raises FileNotFoundError where the shard was not fetched yet."""
         data = _mapped(os.path.join(self.dirname, self.raw_data.basename))
+        idx += bisect.bisect_right(self.skips, idx)
         begin, end = np.frombuffer(data, np.uint32, 2, offset=(1 + idx) * 4)
         return data[begin:end]
 
@@ -82,7 +125,7 @@ class LatentText(StreamingDataset):
     """Streams `Sample`s of one or more sources, in proportion to their sizes.
 
     Args:
-        streams: one a source.
+        streams: one a source, each with a sample or more.
         vae: facts of the VAE that made all of them.
         batch_size: samples of this rank in a batch.
         seed: decides the order.
@@ -99,6 +142,13 @@ class LatentText(StreamingDataset):
     ) -> None:
         super().__init__(streams=streams, batch_size=batch_size, shuffle=shuffle, shuffle_seed=seed)
         self._vae = vae
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        """Goes on in the middle of an epoch, which ends earlier where samples were dropped since.
+
+        What is left of such an epoch is in another order, so a sample may come twice in it.
+        """
+        super().load_state_dict({**obj, "sample_in_epoch": min(obj["sample_in_epoch"], self.size)})
 
     def get_item(self, sample_id: int, retry: int = 7) -> Sample:
         """One sample by its place in the dataset.
@@ -126,6 +176,9 @@ def make_dataset(plan: Plan, stage: str, shuffle: bool = True) -> LatentText:
     config = plan.config
     store = Store(config.data.root)
     cache = Path(config.data.cache or config.run_folder() / "cache").absolute()
+    # A list that is written just now must count on every rank or on none: all would deal the
+    # samples differently.
+    dropped = _of_first_rank({s.name: drops.read(store, s.name) for s in plan.data[stage]})
     streams = [
         SplitStream(
             source,
@@ -133,12 +186,25 @@ def make_dataset(plan: Plan, stage: str, shuffle: bool = True) -> LatentText:
             config.data.split,
             cache,
             TextGroup(store, source.text_group, cache, source.command(config)),
+            dropped[source.name],
+            source.command(config),
         )
         for source in plan.data[stage]
     ]
     batch_size = config.stages[stage].batch_size // world_size()
     seed = keyed_seed(config.seed, "order", stage) % (1 << 31)
     return LatentText(streams, plan.vae, batch_size, seed, shuffle)
+
+
+def _of_first_rank(value: T) -> T:
+    """The first rank's value, on every rank."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def make_loader(dataset: LatentText, workers: int, trimmed: bool) -> StreamingDataLoader:

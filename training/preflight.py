@@ -13,7 +13,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipeline.core import layout
+from pipeline.core import drops, layout
 from pipeline.core.errors import SettingError
 from pipeline.core.manifest import (
     LatentsManifest,
@@ -24,9 +24,11 @@ from pipeline.core.manifest import (
     mismatches,
     read_manifest,
 )
+from pipeline.core.mds import stored
 from pipeline.core.store import Store
 from pipeline.encoders import text_facts, vae_facts
 from training.config import Config, Stage
+from training.takedown import dropped_rows
 
 PATCH_SIZE = 2  # of every network of the paper
 UNREAD = ("revision", "weights_sha256", "dtype")  # facts that a table without weights cannot have
@@ -48,7 +50,7 @@ class Source:
     text_group: str
     latents: LatentsManifest
     text: TextManifest
-    samples: int
+    samples: int  # without those that were dropped
     latent_bytes: int  # of all its samples, as stored
     text_bytes: int  # of all its distinct captions
     captions: int  # distinct ones, counted a shard
@@ -192,6 +194,9 @@ def _find_source(plan: Plan, store: Store, name: str, resolution: int) -> Source
         )
     pictures = _shards(store, latents_group, data.split, command)
     captions = _shards(store, text_group, data.split, command)
+    dropped = drops.read(store, name)
+    inputs = [record for _, record in pictures.values()]
+    gone = dropped_rows(store, latents_group, inputs, dropped, command)
     lost = sorted(pictures.keys() - captions.keys())
     if lost:
         raise MissingData(
@@ -203,16 +208,25 @@ def _find_source(plan: Plan, store: Store, name: str, resolution: int) -> Source
             f"{name}: no shard of split {data.split} in {store.url(latents_group)} "
             f"(splits there: {', '.join(latents.splits) or 'none'})"
         )
+    samples = latent_bytes = 0
+    for shard, (entry, _) in pictures.items():
+        left = entry["samples"] - len(gone.get(shard, ()))
+        samples += left
+        latent_bytes += entry["raw_data"]["bytes"] * left // entry["samples"]
+    if not samples:
+        raise SettingError(
+            f"{name}: every sample of split {data.split} was dropped; leave it out of data.sources"
+        )
     return Source(
         name,
         latents_group,
         text_group,
         latents,
         text,
-        samples=sum(entry["samples"] for entry in pictures.values()),
-        latent_bytes=sum(entry["raw_data"]["bytes"] for entry in pictures.values()),
-        text_bytes=sum(captions[shard]["raw_data"]["bytes"] for shard in pictures),
-        captions=sum(captions[shard]["samples"] for shard in pictures),
+        samples=samples,
+        latent_bytes=latent_bytes,
+        text_bytes=sum(captions[shard][0]["raw_data"]["bytes"] for shard in pictures),
+        captions=sum(captions[shard][0]["samples"] for shard in pictures),
     )
 
 
@@ -226,8 +240,11 @@ def _manifest(store: Store, group: str, kind: type[M], command: str) -> M:
     return manifest
 
 
-def _shards(store: Store, group: str, split: str, command: str) -> dict[str, dict[str, Any]]:
-    """Input shard -> its entry in the group's index, for the wanted split; files are there."""
+def _shards(
+    store: Store, group: str, split: str, command: str
+) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
+    """Input shard -> its two entries in the group's index, that of MDS and ours, for the wanted
+    split; files are there."""
     path = f"{group}/index.json"
     try:
         index = store.read_json(path)
@@ -241,17 +258,20 @@ def _shards(store: Store, group: str, split: str, command: str) -> dict[str, dic
             f"be told; it was not written by `pipeline run`"
         )
     wanted = {
-        record["shard"]: entry
+        record["shard"]: (entry, record)
         for entry, record in zip(index["shards"], index["inputs"], strict=True)
         if record["split"] == split
     }
     if store.local:
         there = set(store.names(group))
-        names = [entry["raw_data"]["basename"] for entry in wanted.values()]
-        gone = [name for name in names if name not in there]
+        files = [
+            [stored(entry)["basename"], *([record["keys"]] if "keys" in record else [])]
+            for entry, record in wanted.values()
+        ]
+        gone = [lost[0] for names in files if (lost := [n for n in names if n not in there])]
         if gone:
             raise MissingData(
-                f"{len(gone)} of {len(names)} shard files are missing from {store.url(group)} "
+                f"{len(gone)} of {len(files)} shard files are missing from {store.url(group)} "
                 f"(first: {gone[0]}); copy them there, or run {command}"
             )
     return wanted

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.errors import SettingError
+from pipeline.core.errors import BrokenShard, SettingError, StorageError
 from training.threads import share_cores
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ class Example:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 after a line on standard error that says what to change."""
+    """Exit code: 0; 2 after a line on standard error that says what to change; 1 after one that
+    says what could not be read."""
     options = _parser().parse_args(arguments)
     share_cores()
     try:
@@ -54,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SettingError as error:
         print(f"scores: {error}", file=sys.stderr)
         return 2
+    except (BrokenShard, StorageError) as error:
+        print(f"scores: {error}", file=sys.stderr)
+        return 1
     out = Path(options.out)
     (out / "scores.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"\nOwn caption ranked first among {CANDIDATES} (chance {100 / CANDIDATES:.0f} %):")
@@ -157,7 +161,7 @@ def read_examples(passport: Any, root: str = "") -> dict[str, list[Example]]:
     """
     from streaming import LocalDataset
 
-    from pipeline.core import layout
+    from pipeline.core import drops, layout
     from pipeline.core.store import Store
 
     data = passport.config["data"]
@@ -169,6 +173,7 @@ def read_examples(passport: Any, root: str = "") -> dict[str, list[Example]]:
             f"--root {store.root}: no {group} there, which the model was trained on; "
             "name a local root that has it"
         )
+    dropped = drops.read(store, source)
     latents = LocalDataset(store.url(group))
     index = store.read_json(f"{group}/index.json")
     splits: dict[str, list[Example]] = {data["split"]: []}
@@ -179,7 +184,9 @@ def read_examples(passport: Any, root: str = "") -> dict[str, list[Example]]:
         split = record["split"]
         seen[split] = seen.get(split, 0) + 1
         if seen[split] <= MAX_SHARDS:
-            stored = {latents[i]["key"]: latents[i]["latent"] for i in rows}
+            gone = dropped.get(record["shard"], frozenset())
+            samples = (latents[i] for i in rows)
+            stored = {s["key"]: s["latent"] for s in samples if s["key"] not in gone}
             splits.setdefault(split, []).extend(
                 _join(store, layout.images_group(source), record["shard"], stored)
             )
@@ -190,11 +197,18 @@ def _join(store: Any, images: str, shard: str, latents: dict[str, np.ndarray]) -
     """The shard's pictures that have a latent and a caption of their own."""
     import numpy as np
 
+    from pipeline.core.commits import read_commit, read_file
     from pipeline.core.images import decode
     from pipeline.core.tars import read_samples
 
+    commit = read_commit(store, images, shard)
+    if commit is None:
+        raise SettingError(
+            f"--root {store.root}: no pictures of shard {shard} in {images}; name a root that has "
+            "them"
+        )
     examples = []
-    for key, fields in read_samples(store.read(f"{images}/{shard}.tar")):
+    for key, fields in read_samples(read_file(store, images, commit, ".tar")):
         caption = fields.get("txt", b"").decode()
         data = next((d for e, d in fields.items() if e not in ("txt", "json")), b"")
         if key in latents and caption:

@@ -12,11 +12,12 @@ import bisect
 import functools
 import mmap
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipeline.core.errors import SettingError
+from pipeline.core.mds import stored, unpack
 from pipeline.core.store import Store
 
 OPEN_SHARDS = 256  # a group, in each loader process; a shuffle block spans tens
@@ -44,7 +45,7 @@ class TextGroup:
         self._command = command
         index = store.read_json(f"{group}/index.json")
         self._files = {
-            record["shard"]: (entry["raw_data"]["basename"], record["keys"])
+            record["shard"]: (entry, record["keys"])
             for entry, record in zip(index["shards"], index["inputs"], strict=True)
         }
         self._open = functools.lru_cache(OPEN_SHARDS)(self._open_shard)
@@ -67,8 +68,19 @@ class TextGroup:
         return TextGroup, (self._store, self._group, self._cache, self._command)
 
     def _open_shard(self, shard: str) -> _Shard:
-        data, keys = self._files[shard]
-        return _Shard(self._local(data), self._local(keys))
+        entry, keys = self._files[shard]
+        return _Shard(self._local_shard(entry), self._local(keys))
+
+    def _local_shard(self, entry: dict[str, Any]) -> Path:
+        """The shard's file, unpacked where it is stored compressed."""
+        name = entry["raw_data"]["basename"]
+        if entry["zip_data"] is None:
+            return self._local(name)
+        target = self._cache / self._group / name
+        if not target.exists():
+            packed = self._store.read(f"{self._group}/{stored(entry)['basename']}")
+            Store(self._cache).write(f"{self._group}/{name}", unpack(packed, entry))
+        return target
 
     def _local(self, name: str) -> Path:
         path = f"{self._group}/{name}"

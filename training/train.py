@@ -15,7 +15,7 @@ if sys.path and os.path.basename(sys.path[0]) == "training":
     # modules of the same name. Its parent is what belongs there.
     sys.path[0] = os.path.dirname(sys.path[0])
 
-from pipeline.core.errors import SettingError
+from pipeline.core.errors import SettingError, StorageError
 from training import folder
 from training.config import load
 from training.preflight import check
@@ -52,6 +52,9 @@ def main(arguments: list[str]) -> int:
             for line in _message(error).splitlines():
                 print(f"train: {line}", file=sys.stderr)
         return 2
+    except StorageError as error:
+        print(f"train: {error}", file=sys.stderr)  # of any rank: each may have its own disk
+        return 1
     except KeyboardInterrupt:
         print("train: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130

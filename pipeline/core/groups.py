@@ -22,9 +22,9 @@ def publish(store: Store, group: str, manifest: Manifest | None) -> None:
     """
     while True:
         before = store.entries(f"{group}/commits")
+        summary.write(store, group)  # first: what it read, the index need not read again
         if manifest is not None:
             _publish(store, group, manifest)
-        summary.write(store, group)
         if store.entries(f"{group}/commits") == before:
             return
 
@@ -37,11 +37,12 @@ def _publish(store: Store, group: str, manifest: Manifest) -> None:
         if commit.index is not None:
             splits[commit.split] += commit.samples
             shards.append(canonical_json(commit.index))
-            inputs.append(canonical_json(_input(commit)))
+            inputs.append(canonical_json(index_input(commit)))
     counts = {"samples": splits.total(), "splits": dict(splits), "shards": len(shards)}
     write_manifest(store, group, manifest.model_copy(update=counts))
     store.write(f"{group}/index.json", mds.index(shards, inputs))
 
 
-def _input(commit: Commit) -> dict[str, str]:
+def index_input(commit: Commit) -> dict[str, str]:
+    """What index.json says of a shard beside its MDS entry."""
     return {"shard": commit.shard, "split": commit.split, "keys": commit.file(".parquet")}

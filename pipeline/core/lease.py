@@ -17,16 +17,21 @@ from pipeline.core.errors import SettingError, StorageError
 from pipeline.core.store import Store, canonical_json
 
 BEAT_S = 2.0
+JOIN = "wait for it, or work beside it with --join"  # what a run is told that finds another
+WAIT = "wait for it, or stop it"  # and a command that must be alone
 PATIENCE_S = 8.0  # four beats; with taking it, a rerun after a kill on another host waits 10 s
 
 
 @contextlib.contextmanager
-def held(store: Store, groups: list[str], command: str, join: bool = False) -> Iterator[None]:
+def held(
+    store: Store, groups: list[str], command: str, join: bool = False, remedy: str = JOIN
+) -> Iterator[None]:
     """Holds the groups while the block runs.
 
     Args:
         command: what to tell others about this run.
         join: do not mind others who hold them.
+        remedy: what the user can do where another holds them.
 
     Raises:
         SettingError: another run holds one of them.
@@ -53,7 +58,7 @@ def held(store: Store, groups: list[str], command: str, join: bool = False) -> I
     try:
         raise_counter()  # before looking, so that of two that start together at least one sees
         if not join:
-            refuse_if_held(store, groups, me)
+            refuse_if_held(store, groups, me, remedy)
         thread.start()
         yield
     finally:
@@ -66,7 +71,7 @@ def held(store: Store, groups: list[str], command: str, join: bool = False) -> I
                 store.remove_empty(f"{group}/leases")
 
 
-def refuse_if_held(store: Store, groups: list[str], me: str = "") -> None:
+def refuse_if_held(store: Store, groups: list[str], me: str = "", remedy: str = JOIN) -> None:
     """Waits until every other lease is known to be dead, and removes it.
 
     Raises:
@@ -79,7 +84,7 @@ def refuse_if_held(store: Store, groups: list[str], me: str = "") -> None:
         for path, record in _others(store, groups, me):
             who = path.rsplit("/", 1)[1].removesuffix(".json")
             if watched.setdefault(path, record) != record or _lives_here(who):
-                raise SettingError(_refusal(path, who, record))
+                raise SettingError(f"{_refusal(path, who, record)}; {remedy}")
             if process.is_dead(who) or time.monotonic() > deadline:
                 store.delete(path)
             else:
@@ -110,5 +115,5 @@ def _refusal(path: str, who: str, record: bytes) -> str:
     group = path.rsplit("/leases/", 1)[0]
     return (
         f"{group} is being written by process {pid} on {host.rpartition('.')[0] or host} "
-        f"({command}); wait for it, or work beside it with --join"
+        f"({command})"
     )

@@ -1,4 +1,4 @@
-"""MDS shards and indexes, written directly: bytes in, bytes out, no clock, no state.
+"""MDS shards and indexes, written and read directly: bytes in, bytes out, no clock, no state.
 
 mosaicml-streaming's own writer publishes its index once, at the end, and in place; a kill before
 that loses everything. Here a shard is a value: `encode_shard` returns its bytes and its index
@@ -8,8 +8,9 @@ oracle in tests/pipeline/test_mds.py.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,11 @@ VALUE_DTYPES = {"uint8": 8, "int8": 9, "float16": 18, "int32": 33, "float32": 34
 
 
 def encode_shard(
-    columns: Mapping[str, str], samples: Iterable[Mapping[str, Any]], basename: str
+    columns: Mapping[str, str],
+    samples: Iterable[Mapping[str, Any]],
+    basename: str,
+    hashes: Iterable[str] = (),
+    compression: str | None = None,
 ) -> tuple[bytes, dict[str, Any]]:
     """One MDS shard file.
 
@@ -26,22 +31,27 @@ def encode_shard(
         columns: name -> encoding: "str", "bytes", "int", "ndarray:DTYPE" (shape stored per sample)
             or "ndarray:DTYPE:D1,D2" (fixed shape, no header).
         samples: dicts with exactly these columns; at least one.
-        basename: the file's name as the index will give it.
+        basename: the uncompressed file's name as the index will give it.
+        hashes: for readers that check (`validate_hash`), e.g. "sha1", "xxh3_64".
+        compression: as streaming names it, e.g. "zstd" or "zstd:7".
 
     Returns:
-        The file's bytes and its entry for `index`.
+        The bytes of the file to store, whose name is `stored(entry)["basename"]`, and its entry for
+        `index`.
 
     Raises:
-        ValueError: no samples, a value that does not fit its column, or a shard over 4 GiB.
+        ValueError: no samples, a value that does not fit its column, a shard over 4 GiB, or an
+            unknown (or, as gz, irreproducible) compression or hash.
     """
+    check_options(hashes, compression)
     names = sorted(columns)
     config = {
         "column_encodings": [columns[name] for name in names],
         "column_names": names,
         "column_sizes": [fixed_size(columns[name]) for name in names],
-        "compression": None,
+        "compression": compression,
         "format": "mds",
-        "hashes": [],
+        "hashes": sorted(hashes),
         "size_limit": None,
         "version": 2,
     }
@@ -56,8 +66,80 @@ def encode_shard(
     data = b"".join(
         [np.uint32(len(bodies)).tobytes(), offsets.astype(np.uint32).tobytes(), header, *bodies]
     )
-    raw = {"basename": basename, "bytes": len(data), "hashes": {}}
-    return data, {**config, "samples": len(bodies), "raw_data": raw, "zip_data": None}
+    entry = {**config, "samples": len(bodies), "raw_data": _facts(data, basename, hashes)}
+    if compression is None:
+        return data, {**entry, "zip_data": None}
+    from streaming.base.compression import compress, get_compression_extension
+
+    packed = compress(compression, data)
+    name = f"{basename}.{get_compression_extension(compression)}"
+    return packed, {**entry, "zip_data": _facts(packed, name, hashes)}
+
+
+def stored(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What the index says of the file that is there: the compressed one, or the shard itself."""
+    return entry["zip_data"] or entry["raw_data"]
+
+
+def unpack(data: bytes, entry: Mapping[str, Any]) -> bytes:
+    """The shard's own bytes out of those of its stored file."""
+    if entry["compression"] is None:
+        return data
+    from streaming.base.compression import decompress
+
+    return decompress(entry["compression"], data)
+
+
+def check_options(hashes: Iterable[str], compression: str | None) -> None:
+    """Raises ValueError for what streaming does not know, or what is not reproducible."""
+    if not hashes and compression is None:
+        return
+    # Imported on use: it takes seconds.
+    from streaming.base.compression import get_compressions, is_compression
+    from streaming.base.hashing import get_hashes, is_hash
+
+    for name in hashes:
+        if not is_hash(name):
+            raise ValueError(f"hash {name!r}: streaming knows {', '.join(sorted(get_hashes()))}")
+    if compression is not None and not is_compression(compression):
+        known = sorted({name.split(":")[0] for name in get_compressions()} - {"gz"})
+        raise ValueError(f"compression {compression!r}: use {', '.join(known)}, or NAME:LEVEL")
+    if compression is not None and compression.split(":")[0] == "gz":
+        raise ValueError("compression 'gz' stamps the time into the file; use zstd")
+
+
+def _facts(data: bytes, basename: str, hashes: Iterable[str]) -> dict[str, Any]:
+    found = {}
+    for name in sorted(hashes):
+        from streaming.base.hashing import get_hash
+
+        found[name] = get_hash(name, data)
+    return {"basename": basename, "bytes": len(data), "hashes": found}
+
+
+def decode_shard(data: bytes) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
+    """A shard's header and its samples, one at a time; arrays are views of the shard's bytes.
+
+    Raises:
+        ValueError: these are no bytes of an MDS shard; from the iterator where a sample is broken.
+    """
+    if len(data) < 8:
+        raise ValueError(f"{len(data)} bytes are no MDS shard")
+    count = int.from_bytes(data[:4], "little")
+    start = 4 + 4 * (count + 1)
+    if len(data) < start:
+        raise ValueError(f"cut off in the offsets of its {count} samples")
+    offsets = np.frombuffer(data, np.uint32, count + 1, offset=4).astype(np.int64)
+    if offsets[0] < start or offsets[-1] != len(data) or (np.diff(offsets) < 0).any():
+        raise ValueError("its offsets do not fit its size")
+    config = json.loads(data[start : offsets[0]])
+    lists = [config.get(f"column_{part}") for part in ("names", "encodings", "sizes")]
+    if config.get("format") != "mds" or config.get("version") != 2 or None in lists:
+        raise ValueError("its header is not that of an MDS shard of version 2")
+    if [fixed_size(encoding) for encoding in lists[1]] != lists[2]:
+        raise ValueError("its header's column sizes do not fit their encodings")
+    view = memoryview(data)
+    return config, (_decode_sample(config, view[a:b]) for a, b in itertools.pairwise(offsets))
 
 
 def index(entries: list[bytes], inputs: list[bytes]) -> bytes:
@@ -116,3 +198,38 @@ def _encode_value(encoding: str, value: Any) -> bytes:
     width = int(np.searchsorted([1 << 8, 1 << 16, 1 << 32], max(value.shape), side="right"))
     axes = np.array(value.shape, f"u{1 << width}").tobytes()
     return bytes([value.ndim << 2 | width]) + axes + np.ascontiguousarray(value).tobytes()
+
+
+def _decode_sample(config: dict[str, Any], body: memoryview) -> dict[str, Any]:
+    sizes, start = [], 0
+    for size in config["column_sizes"]:
+        if size is None:
+            size = int.from_bytes(body[start : start + 4], "little")
+            start += 4
+        sizes.append(size)
+    if start + sum(sizes) != len(body):
+        raise ValueError(f"a sample of {len(body)} bytes whose values take {start + sum(sizes)}")
+    sample = {}
+    for name, encoding, size in zip(
+        config["column_names"], config["column_encodings"], sizes, strict=True
+    ):
+        sample[name] = _decode_value(encoding, body[start : start + size])
+        start += size
+    return sample
+
+
+def _decode_value(encoding: str, value: memoryview) -> Any:
+    kind, *args = encoding.split(":")
+    if kind == "str":
+        return str(value, "utf-8")
+    if kind == "bytes":
+        return bytes(value)
+    if kind == "int":
+        return int.from_bytes(value, "little", signed=True)
+    if len(args) == 2:
+        shape = [int(side) for side in args[1].split(",")]
+        return np.frombuffer(value, args[0]).reshape(shape)
+    axes, width = value[0] >> 2, 1 << (value[0] & 3)
+    start = 1 + axes * width
+    shape = np.frombuffer(value[1:start], f"u{width}").astype(np.int64)
+    return np.frombuffer(value[start:], args[0]).reshape(shape)

@@ -15,10 +15,10 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from pipeline.core import process
-from pipeline.core.errors import SettingError, StorageError
+from pipeline.core import process, remote
+from pipeline.core.errors import StorageError
 
 TEMPORARY = ".tmp-"  # marks a file in the making; its process and a random part follow
 
@@ -46,10 +46,8 @@ class Store:
         if self.local:
             self.root = str(Path(self.root.removeprefix("file://")).absolute())
         else:
-            self._fs = _filesystem(self.root, protocol)
-            # One request a file: s3fs would ask for its size first, to read a large one in parts,
-            # and begin none again that was cut off.
-            self._whole = {"max_concurrency": 1} if protocol in _S3 else {}
+            self._fs = remote.connect(self.root, protocol)
+            self._reading = remote.reading(protocol)
 
     def url(self, path: str) -> str:
         return f"{self.root}/{path}" if path else self.root
@@ -71,8 +69,8 @@ class Store:
                         if e.is_file() and TEMPORARY not in e.name and (s := _stat(e.path))
                     ]
                 else:
-                    rows = self._list(folder)
-                    found = [self._entry(row) for row in rows if _is_file(row)]
+                    rows = remote.listing(self._fs, self.url(folder))
+                    found = [self._entry(row) for row in rows if remote.is_file(row)]
             except _ABSENT as error:
                 _require_bucket(error)
                 return []
@@ -95,7 +93,7 @@ class Store:
             try:
                 if self._fs is None:
                     return sorted(e.name for e in os.scandir(self.url(folder)) if e.is_dir())
-                rows = self._list(folder)
+                rows = remote.listing(self._fs, self.url(folder))
             except _ABSENT as error:
                 _require_bucket(error)
                 return []
@@ -117,13 +115,13 @@ class Store:
             except _ABSENT as error:
                 _require_bucket(error)
                 return
-        yield from sorted(self._entry(row) for row in rows.values() if _is_file(row))
+        yield from sorted(self._entry(row) for row in rows.values() if remote.is_file(row))
 
     def read(self, path: str) -> bytes:
         with self._explained(path, "read"):
             if self._fs is None:
                 return Path(self.url(path)).read_bytes()
-            return self._fs.cat_file(self.url(path), **self._whole)
+            return self._fs.cat_file(self.url(path), **self._reading)
 
     def read_many(self, paths: list[str]) -> Iterator[bytes | None]:
         """Small files, in order, None for one that is not there; on an object store many requests
@@ -135,11 +133,11 @@ class Store:
                 continue
             urls = [self.url(path) for path in some]
             with self._explained(some[0], "read"):
-                found = self._fs.cat(urls, on_error="return", **self._whole)
+                found = self._fs.cat(urls, on_error="return", **self._reading)
             for path, url in zip(some, urls, strict=True):
                 data = found[self._fs._strip_protocol(url)]
                 if isinstance(data, Exception) and (
-                    not isinstance(data, _ABSENT) or _no_bucket(data)
+                    not isinstance(data, _ABSENT) or remote.is_missing_bucket(data)
                 ):
                     with self._explained(path, "read"):
                         raise data
@@ -150,17 +148,6 @@ class Store:
             return self.read(path)
         except FileNotFoundError:
             return None
-
-    def _list(self, folder: str) -> list[dict[str, Any]]:
-        """What lies in a folder of an object store, as fsspec tells it."""
-        if hasattr(self._fs, "_lsdir"):
-            # s3fs looks for a folder that is not there in its parent, and lists all of that: of a
-            # group, every data file, to learn that no shard of it has failed.
-            from fsspec.asyn import sync
-
-            path = self._fs._strip_protocol(self.url(folder))
-            return cast(list[dict[str, Any]], sync(self._fs.loop, self._fs._lsdir, path))
-        return self._fs.ls(self.url(folder), detail=True)
 
     def write(self, path: str, data: bytes) -> None:
         """The file appears whole, under its final name, or not at all."""
@@ -243,9 +230,11 @@ class Store:
         try:
             yield
         except _ABSENT as error:
-            if verb == "read" and not _no_bucket(error):
+            if verb == "read" and not remote.is_missing_bucket(error):
                 raise
-            remedy = "; create it, or choose another --root" if _no_bucket(error) else ""
+            remedy = (
+                "; create it, or choose another --root" if remote.is_missing_bucket(error) else ""
+            )
             raise StorageError(
                 f"cannot {verb} {self.url(path)}: {_first_line(error)}{remedy}"
             ) from error
@@ -260,12 +249,15 @@ class Store:
     def _explain(self, path: str, verb: str, need: int, error: Exception) -> str:
         code = getattr(error, "errno", None)
         where = f"cannot {verb} {self.url(path)}"
-        if code in (errno.ENOSPC, errno.EDQUOT):
-            what = "disk full" if code == errno.ENOSPC else "disk quota exceeded"
-            free = self.free_bytes()
+        if code == errno.ENOSPC:
             return (
-                f"{where}: {what}: {size(need)} needed, {size(free or 0)} free; free some space, "
-                "then run the same command again"
+                f"{where}: disk full: {size(need)} needed, {size(self.free_bytes() or 0)} free; "
+                "free some space, then run the same command again"
+            )
+        if code == errno.EDQUOT:  # what the disk has free says nothing about it
+            return (
+                f"{where}: disk quota of uid {os.getuid()} exceeded: {size(need)} needed; free some "
+                "space or have it raised, then run the same command again"
             )
         if code == errno.EROFS:
             return f"{where}: read-only file system; mount it writable or choose another --root"
@@ -287,53 +279,7 @@ class Store:
 
 
 _REQUESTS = 256  # files that read_many asks for at once, and holds in memory
-_CONNECTIONS = 64  # to an object store; botocore's 10 are few where each answer takes 30 ms
 _ABSENT = (FileNotFoundError, NotADirectoryError)
-_S3 = ("s3", "s3a")
-
-
-def _filesystem(root: str, protocol: str) -> Any:
-    import fsspec
-
-    try:
-        # Listings are asked for to see what others wrote a moment ago: never from a cache.
-        found = fsspec.filesystem(protocol, use_listings_cache=False)
-    except (ImportError, ValueError) as error:
-        extra = {"s3": "s3", "gs": "gs", "gcs": "gs"}.get(protocol)
-        remedy = f"; install the extra: pip install microdit[{extra}]" if extra else ""
-        raise SettingError(f"--root {root}: {_first_line(error)}{remedy}") from error
-    if protocol in _S3:
-        _patient(found)
-    return found
-
-
-def _patient(s3: Any) -> None:
-    """How long to try, before the first request; FSSPEC_S3 and AWS_MAX_ATTEMPTS still decide.
-
-    Botocore tries five times and waits between; s3fs does all that five times, for what it thinks
-    worth it, among it a server that says nothing: 25 times 15 s. It is also the only one to begin
-    a download again that was cut off, hence twice. And 15 s is too short for an upload over a slow
-    line, where a few megabytes still lie in the kernel's buffer when the waiting begins.
-    """
-    s3.retries = 2
-    s3.config_kwargs.setdefault("read_timeout", 30)
-    s3.config_kwargs.setdefault("max_pool_connections", _CONNECTIONS)
-
-
-def _is_file(row: dict[str, Any]) -> bool:
-    """Not a folder: some stores, and consoles, keep an empty object "folder/" for one."""
-    return row["type"] == "file" and not row["name"].endswith("/")
-
-
-def _no_bucket(error: BaseException) -> bool:
-    response = getattr(error.__cause__, "response", None) or {}
-    return response.get("Error", {}).get("Code") == "NoSuchBucket"
-
-
-def _require_bucket(error: Exception) -> None:
-    """Nothing is in a folder that is not there; but a bucket that is not there is a mistake."""
-    if _no_bucket(error):
-        raise error
 
 
 def temporary_name(name: str) -> str:
@@ -368,6 +314,12 @@ def _first_line(error: BaseException) -> str:
         return "no answer in time"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return str(text).strip().splitlines()[0]
+
+
+def _require_bucket(error: Exception) -> None:
+    """Nothing is in a folder that is not there; but a bucket that is not there is a mistake."""
+    if remote.is_missing_bucket(error):
+        raise error
 
 
 def _stat(path: str) -> os.stat_result | None:

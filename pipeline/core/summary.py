@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 
 from pipeline.core.store import Entry, Store
@@ -21,8 +22,10 @@ def records(store: Store, group: str) -> Iterator[tuple[str, bytes]]:
     """(path, JSON) of every commit record, in order of name."""
     if store.local:
         folder = f"{group}/commits"
-        for name in store.names(folder):
-            yield f"{folder}/{name}", store.read(f"{folder}/{name}")
+        paths = [f"{folder}/{name}" for name in store.names(folder)]
+        for path, data in zip(paths, store.read_many(paths), strict=True):
+            if data is not None:  # else it was taken back since the listing
+                yield path, data
         return
     for entry, data in _records(store, group):
         yield entry.path, data
@@ -43,12 +46,17 @@ def write(store: Store, group: str) -> None:
 
 def _records(store: Store, group: str) -> Iterator[tuple[Entry, bytes]]:
     entries = [e for e in store.entries(f"{group}/commits") if e.path.endswith(".json")]
+    if not entries:
+        return
     known = _known(store, group, {_name(entry): entry.version for entry in entries})
     missing = [entry for entry in entries if _name(entry) not in known]
     read = store.read_many([entry.path for entry in missing])
     for entry in entries:
         data = known.pop(_name(entry), None)
-        yield entry, next(read) if data is None else data
+        if data is None:
+            data = next(read)
+        if data is not None:  # else it was taken back since the listing
+            yield entry, data
 
 
 def _known(store: Store, group: str, versions: dict[str, str]) -> dict[str, bytes]:
@@ -58,11 +66,14 @@ def _known(store: Store, group: str, versions: dict[str, str]) -> dict[str, byte
     except FileNotFoundError:
         return {}
     known = {}
-    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-        for line in file:
-            row = json.loads(line)
-            if versions.get(row["name"]) == row["version"] != "":
-                known[row["name"]] = json.dumps(row["record"]).encode()
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            for line in file:
+                row = json.loads(line)
+                if versions.get(row["name"]) == row["version"] != "":
+                    known[row["name"]] = json.dumps(row["record"]).encode()
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError):
+        return {}  # damaged, or of another version: the records themselves are there
     return known
 
 

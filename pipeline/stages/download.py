@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,7 @@ from pipeline.core.catalog import Catalog
 from pipeline.core.commits import MAX_REJECT_RATE, Commit, read_commit
 from pipeline.core.images import BadPicture, decode
 from pipeline.core.samples import ImageSample, InputShard, Reject
-from pipeline.core.store import Store
+from pipeline.core.store import Store, canonical_json
 from pipeline.stages import Job
 from pipeline.stages.images import stored_samples, write_images
 
@@ -64,7 +65,8 @@ class Download:
         }
         for shard in self.settings.shards():
             keys = dropped.get(shard.id, frozenset())
-            own = {"shard": [shard.id, shard.split, list(shard.spec)]}
+            # As a commit record gives it back: lists, not tuples, so that the two can be compared.
+            own = {"shard": json.loads(canonical_json([shard.id, shard.split, shard.spec]))}
             yield Job(shard, {group: {**common, **own, **drops.inputs(keys)}}, keys)
 
     def estimate(self, job: Job, group: str) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline.core.mds import encode_shard, index
+from pipeline.core.mds import decode_shard, encode_shard, index, stored, unpack
 
 COLUMNS = {
     "key": "str",
@@ -66,6 +67,70 @@ def test_the_librarys_reader_opens_it_with_extra_keys(tmp_path):
         np.testing.assert_array_equal(found["tokens"], row["tokens"])
         assert found["count"] == row["count"]
         assert found["blob"] == row["blob"]
+
+
+@pytest.mark.parametrize("compression", [None, "zstd", "zstd:9", "br:3", "bz2", "snappy"])
+@pytest.mark.parametrize("hashes", [[], ["sha1", "xxh3_64"]])
+def test_compressed_and_hashed_shards_equal_the_librarys_writer(tmp_path, compression, hashes):
+    from streaming import MDSWriter
+
+    rows = samples(5)
+    options: dict[str, Any] = {"hashes": hashes, "compression": compression}
+    with MDSWriter(columns=COLUMNS, out=str(tmp_path), size_limit=None, **options) as writer:
+        for row in rows:
+            writer.write(row)
+    data, entry = encode_shard(COLUMNS, rows, "shard.00000.mds", **options)
+    (theirs,) = json.loads((tmp_path / "index.json").read_text())["shards"]
+    assert entry == theirs
+    assert data == (tmp_path / stored(entry)["basename"]).read_bytes()
+    assert len(list(decode_shard(unpack(data, entry))[1])) == 5
+
+
+@pytest.mark.parametrize(
+    ("dataset", "compression"),
+    [("StreamingDataset", None), ("StreamingDataset", "zstd"), ("LocalDataset", None)],
+)
+def test_the_library_opens_shards_of_several_columns_in_subfolders(tmp_path, dataset, compression):
+    import streaming
+
+    options: dict[str, Any] = {"hashes": ["sha1"], "compression": compression}
+    entries = []
+    for number, columns in enumerate([COLUMNS, {"key": "str", "latent": COLUMNS["latent"]}] * 2):
+        rows = [{name: row[name] for name in columns} for row in samples(3)]
+        data, entry = encode_shard(columns, rows, f"part-{number}/{number:05d}.mds", **options)
+        path = tmp_path / "remote" / stored(entry)["basename"]
+        path.parent.mkdir(parents=True)
+        path.write_bytes(data)
+        entries.append(json.dumps(entry).encode())
+    (tmp_path / "remote/index.json").write_bytes(index(entries, [b"{}"] * 4))
+    if dataset == "LocalDataset":
+        opened: Any = streaming.LocalDataset(str(tmp_path / "remote"))
+    else:
+        opened = streaming.StreamingDataset(
+            remote=str(tmp_path / "remote"),
+            local=str(tmp_path / "local"),
+            batch_size=1,
+            shuffle=False,
+            validate_hash="sha1",
+        )
+    assert len(opened) == 12
+    for number in range(12):
+        expected = samples(3)[number % 3]
+        assert opened[number]["key"] == expected["key"]
+        np.testing.assert_array_equal(opened[number]["latent"], expected["latent"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compression": "gz"}, "stamps the time"),
+        ({"compression": "zip"}, "use br, bz2, snappy, zstd"),
+        ({"hashes": ["crc"]}, "streaming knows"),
+    ],
+)
+def test_options_that_cannot_be_used(options, message):
+    with pytest.raises(ValueError, match=message):
+        encode_shard(COLUMNS, samples(1), "x.mds", **options)
 
 
 @pytest.mark.parametrize(

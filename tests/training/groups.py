@@ -87,7 +87,9 @@ def make_source(
         pictures = rng.normal(0.25, 2, (samples, vae.channels, side, side)).astype(np.float16)
         pictures[:, 0, 0, 0] = np.arange(samples)
         rows = [{"key": key, "latent": latent} for key, latent in zip(keys, pictures, strict=True)]
-        _write(store, latents_group, shard, latent_columns, rows, keys, {})
+        own = pa.table({"key": keys, "row": pa.array(range(samples), pa.int32())})
+        parquet = {".parquet": to_parquet(own)}
+        _write(store, latents_group, shard, latent_columns, rows, keys, parquet)
         tokens = [_tokens(c, encoder, text, rng) for c in range(7)]
         rows = [{"caption": f"caption {c} of {shard.id}", "tokens": tokens[c]} for c in range(7)]
         with_caption = [key for key in keys if key not in without_caption]

@@ -1,0 +1,259 @@
+"""`pipeline drop`: out of training at once, out of every file after a redo."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline.checks import Problem
+from pipeline.cli import main
+from pipeline.core import drops, layout
+from pipeline.core.catalog import Catalog
+from pipeline.core.commits import read_commit, read_commits
+from pipeline.core.store import Store
+from pipeline.core.tables import from_parquet
+from pipeline.core.tars import read_samples
+from pipeline.drop import drop, read_list
+from pipeline.plan import Choice, plan
+from pipeline.sources.openmoji import OpenMoji
+from pipeline.stages.caption import CaptionStage
+from pipeline.stages.download import Download
+from pipeline.stages.encode import Encode, EncodeSettings
+from pipeline.verify import select, verify
+from tests.pipeline.roots import SETTINGS, mds_rows, run_here
+
+IMAGES = "openmoji/images"
+CAPTIONS = "openmoji/captions/colour"
+LATENTS = "openmoji/latents/tiny4/64"
+TEXT = layout.text_group("openmoji", "tiny-clip", "alt", "trimmed")
+SOURCE = SETTINGS.model_copy(update={"backgrounds": "blue,red,green"})
+
+
+def stages() -> list:
+    settings = EncodeSettings("tiny4", "tiny-clip", (64,), "alt", "trimmed", batch_size=4)
+    return [
+        Download("openmoji", SOURCE),
+        CaptionStage("openmoji", "colour"),
+        Encode("openmoji", settings),
+    ]
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    """Training shard 00000 and held-out shard 00001, downloaded, captioned and encoded."""
+    store = Store(tmp_path / "root")
+    for stage in stages():
+        run_here(stage, store)
+    return store
+
+
+def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["pipeline", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+def rows(store: Store, group: str, shard: str = "00000") -> list[dict]:
+    commit = read_commit(store, group, shard)
+    assert commit is not None
+    return from_parquet(store.read(f"{group}/{commit.file('.parquet')}")).to_pylist()
+
+
+def test_by_key_and_by_url(monkeypatch, capsys, tmp_path, downloaded):
+    root = ["--root", downloaded.root]
+    list_ = tmp_path / "list.txt"
+    list_.write_text(
+        "# asked for by a rights holder\n000000001\n\n000009999  # no such\n000010000\n"
+    )
+    code, out, _ = call(monkeypatch, capsys, "drop", "--keys", str(list_), *root)
+    assert code == 1
+    lines = out.splitlines()
+    assert lines[0] == (
+        "openmoji: 2 samples of 2 shards are out now (00000: 1, 00001: 1), 0 were out already"
+    )
+    assert "pipeline run all --source openmoji --stale" in lines[1]
+    assert "pipeline prune --source openmoji" in lines[1]
+    assert lines[2:] == ["in no shard: 000009999"]
+    assert drops.read(downloaded, "openmoji") == {
+        "00000": {"000000001"},
+        "00001": {"000010000"},
+    }
+    urls = [row["url"] for row in rows(downloaded, IMAGES)]
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{urls[0]}\n{urls[1]}\n"))
+    code, out, _ = call(monkeypatch, capsys, "drop", "--urls", "-", *root)
+    assert code == 0
+    assert "1 samples of 1 shards are out now (00000: 1), 1 were out already" in out
+    assert drops.read(downloaded, "openmoji")["00000"] == {"000000000", "000000001"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--keys FILE or --urls FILE"),
+        (["--keys", "a", "--urls", "b"], "--keys FILE or --urls FILE"),
+        (["--keys", "/nowhere"], "cannot be read"),
+        (["--keys", "/dev/null"], "names nothing"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, downloaded, arguments, message):
+    code, out, err = call(monkeypatch, capsys, "drop", "--root", downloaded.root, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+def test_keys_of_several_sources_need_its_name(monkeypatch, capsys, tmp_path, downloaded):
+    (tmp_path / "root" / "openmoji").rename(tmp_path / "root" / "more")
+    run_here(Download("openmoji", SETTINGS), downloaded)
+    list_ = tmp_path / "list.txt"
+    list_.write_text("000000001")
+    root = ["--root", downloaded.root, "--keys", str(list_)]
+    code, _, err = call(monkeypatch, capsys, "drop", *root)
+    assert code == 2
+    assert "--source, there are: more, openmoji" in err
+    assert call(monkeypatch, capsys, "drop", *root, "--source", "more")[0] == 0
+    assert drops.read(downloaded, "openmoji") == {}
+    assert drops.read(downloaded, "more") == {"00000": {"000000001"}}
+
+
+def test_a_list_is_read_a_line_an_entry():
+    lines = ["a", " b ", "#c", "", "http://x/y#z", "d # why", "a"]
+    assert read_list(lines) == ["a", "b", "http://x/y#z", "d"]
+
+
+def test_keys_are_found_when_pictures_are_gone(store):
+    import shutil
+
+    shutil.rmtree(store.url(IMAGES))
+    found = drop(store, "openmoji", ["000000001", "000010000", "x"], "key")
+    assert found.new == {"00000": {"000000001"}, "00001": {"000010000"}}
+    assert found.matched == {"000000001", "000010000"}
+
+
+def test_keys_that_do_not_begin_with_their_shard(tmp_path):
+    from pipeline.core.samples import ImageRef, ImageSample, InputShard
+    from pipeline.stages.images import write_images
+
+    store = Store(tmp_path)
+    (picture, *_) = (s for s in SOURCE.fetch(SOURCE.shards()[0]) if isinstance(s, ImageSample))
+    for shard, key in (("00000", "apple"), ("00001", "00000-pear")):
+        ref = ImageRef(key, f"http://example.org/{key}", "fruit")
+        sample = ImageSample(ref, picture.data, "png", 64, 64, 64, 64)
+        write_images(store, IMAGES, InputShard(shard, "train"), {}, [sample], [], 0.0)
+    seen = []
+    found = drop(
+        store, "openmoji", ["00000-pear", "apple"], "key", lambda *count: seen.append(count)
+    )
+    assert found.new == {"00000": {"apple"}, "00001": {"00000-pear"}}
+    assert seen == [(1, 2), (2, 2)]
+
+
+def test_from_the_list_to_the_last_byte(monkeypatch, capsys, tmp_path, store):
+    gone = ["000000001", "000000003"]
+    urls = {row["key"]: row["url"] for row in rows(store, IMAGES)}
+    before = {group: len(read_commits(store, group)) for group in (IMAGES, CAPTIONS, LATENTS, TEXT)}
+    list_ = tmp_path / "list.txt"
+    list_.write_text("\n".join(gone))
+    assert call(monkeypatch, capsys, "drop", "--keys", str(list_), "--root", store.root)[0] == 0
+
+    # At once: training does not stream them, and every other picture once an epoch.
+    kept = sorted(urls.keys() - set(gone))
+    assert streamed(store, tmp_path) == kept
+    assert scored(store) == len(kept)
+    # What is still there is sound: a drop is no damage.
+    assert problems(store) == []
+
+    # Links may be dead by the time of a takedown: the other pictures come from the tar.
+    monkeypatch.setattr(OpenMoji, "fetch", lambda *_: pytest.fail("fetched again"))
+    for stage in stages():
+        todo = plan(stage, Catalog(store))
+        if stage.name == "download":
+            assert set(todo.stale) == {"samples were dropped"}
+        assert all("samples were dropped" in why for why in todo.stale)
+        assert todo.stale.total() == len(stage.groups())  # of one shard in each group
+        assert run_here(stage, store) == 0
+        assert run_here(stage, store, Choice(stale=True)) == 1
+        assert plan(stage, Catalog(store)).stale.total() == 0
+
+    commit = read_commit(store, IMAGES, "00000")
+    assert commit is not None
+    tar = store.read(f"{IMAGES}/{commit.file('.tar')}")
+    assert [key for key, _ in read_samples(tar)] == kept
+    for group in (IMAGES, CAPTIONS, LATENTS, TEXT):
+        assert sorted(row["key"] for row in rows(store, group)) == kept
+        assert len(read_commits(store, group)) == before[group]
+    assert not set(gone) & {row["key"] for row in mds_rows(store, LATENTS)}
+    captions = {row["caption"] for row in mds_rows(store, TEXT)}
+    expected = {
+        row["caption"] for shard in ("00000", "00001") for row in rows(store, IMAGES, shard)
+    }
+    assert captions == expected
+    assert streamed(store, tmp_path) == kept
+    assert scored(store) == len(kept)
+    assert problems(store) == []
+
+    # The same list again: nothing is new, nothing is unknown.
+    code, out, _ = call(monkeypatch, capsys, "drop", "--keys", str(list_), "--root", store.root)
+    assert code == 0
+    assert "0 samples of 0 shards are out now, 2 were out already" in out
+
+    code, out, _ = call(monkeypatch, capsys, "prune", "--root", store.root, "--yes")
+    assert code == 0
+    assert "freed: " in out
+    everything = [
+        p for p in Path(store.root).rglob("*") if p.suffix in (".tar", ".parquet", ".mds")
+    ]
+    for path in everything:  # in a tar with its extension: the sizes there are octal digits too
+        end = "." if path.suffix == ".tar" else ""
+        data = path.read_bytes()
+        assert not [key for key in gone if f"{key}{end}".encode() in data], path
+    assert len(everything) == 2 * 2 + 2 + 2 * 2 + 2 * 2  # of two shards in each group
+    assert problems(store) == []
+    assert streamed(store, tmp_path) == kept
+
+
+def test_a_shard_that_is_dropped_whole(store):
+    keys = [row["key"] for row in rows(store, IMAGES, "00001")]
+    drop(store, "openmoji", keys, "key")
+    for stage in stages():
+        assert run_here(stage, store, Choice(stale=True)) == 1
+    assert problems(store) == []
+    assert [c.samples for c in read_commits(store, LATENTS).values()][1] == 0
+    index = store.read_json(f"{LATENTS}/index.json")
+    assert [record["shard"] for record in index["inputs"]] == ["00000"]
+
+
+def problems(store: Store) -> list[str]:
+    found: list[Problem] = []
+    verify(store, select(store, None, None), 1, found.append)
+    return list(map(str, found))
+
+
+def streamed(store: Store, folder: Path) -> list[str]:
+    """The keys that training sees in one epoch."""
+    from tests.training.groups import SHIPPED, settings
+    from training.config import resolve
+    from training.loader import make_dataset
+    from training.preflight import check
+
+    raw = settings(Path(store.root), SHIPPED, folder / "run")
+    raw["data"] |= {"sources": ["openmoji"]}
+    raw["defaults"]["batch_size"] = 2
+    return sorted(sample["key"] for sample in make_dataset(check(resolve(raw)), "masked"))
+
+
+def scored(store: Store) -> int:
+    """How many training pictures `training.scores` shows."""
+    from training.scores import read_examples
+
+    passport = SimpleNamespace(
+        config={"data": {"root": store.root, "sources": ["openmoji"], "split": "train"}},
+        vae=SimpleNamespace(name="tiny4"),
+        resolution=64,
+    )
+    return len(read_examples(passport)["train"])
