@@ -63,7 +63,7 @@ class SplitStream(Stream):
         command: str,
     ) -> None:
         url = store.url(source.latents_group)
-        if store.local:
+        if store.local and not source.packed:
             super().__init__(local=url)
         else:
             super().__init__(remote=url, local=str(cache / source.latents_group))

@@ -54,6 +54,7 @@ class Source:
     latent_bytes: int  # of all its samples, as stored
     text_bytes: int  # of all its distinct captions
     captions: int  # distinct ones, counted a shard
+    packed: bool  # whether latents are compressed: they are unpacked in the cache, not in the root
 
     def command(self, config: Config) -> str:
         return encode_command(config, self.name, self.latents.resolution)
@@ -227,6 +228,7 @@ def _find_source(plan: Plan, store: Store, name: str, resolution: int) -> Source
         latent_bytes=latent_bytes,
         text_bytes=sum(captions[shard][0]["raw_data"]["bytes"] for shard in pictures),
         captions=sum(captions[shard][0]["samples"] for shard in pictures),
+        packed=any(entry["compression"] for entry, _ in pictures.values()),
     )
 
 

@@ -14,7 +14,7 @@ from pipeline.core import layout
 from pipeline.core.commits import write_shard
 from pipeline.core.groups import publish
 from pipeline.core.manifest import LatentsManifest, TextFacts, TextManifest, VaeFacts
-from pipeline.core.mds import encode_shard
+from pipeline.core.mds import encode_shard, stored
 from pipeline.core.samples import InputShard
 from pipeline.core.store import Store, fingerprint
 from pipeline.core.tables import to_parquet
@@ -68,6 +68,7 @@ def make_source(
     splits: tuple[str, ...] = SPLITS,
     without_caption: tuple[str, ...] = (),
     seed: int = 0,
+    compression: str | None = None,
 ) -> Store:
     """Latents and text groups of one source with `samples` pictures in each input shard.
 
@@ -89,7 +90,7 @@ def make_source(
         rows = [{"key": key, "latent": latent} for key, latent in zip(keys, pictures, strict=True)]
         own = pa.table({"key": keys, "row": pa.array(range(samples), pa.int32())})
         parquet = {".parquet": to_parquet(own)}
-        _write(store, latents_group, shard, latent_columns, rows, keys, parquet)
+        _write(store, latents_group, shard, latent_columns, rows, keys, parquet, compression)
         tokens = [_tokens(c, encoder, text, rng) for c in range(7)]
         rows = [{"caption": f"caption {c} of {shard.id}", "tokens": tokens[c]} for c in range(7)]
         with_caption = [key for key in keys if key not in without_caption]
@@ -97,7 +98,7 @@ def make_source(
         join = pa.table({"key": with_caption, "row": pa.array(numbers, pa.int32())})
         columns = {"caption": "str", "tokens": "ndarray:float16"}
         parquet = {".parquet": to_parquet(join)}
-        _write(store, text_group, shard, columns, rows, with_caption, parquet)
+        _write(store, text_group, shard, columns, rows, with_caption, parquet, compression)
     common: dict[str, Any] = {"source": name, "dtype": "float16"}
     publish(
         store,
@@ -159,9 +160,12 @@ def _write(
     rows: list[dict[str, Any]],
     keys: list[str],
     companions: dict[str, bytes],
+    compression: str | None,
 ) -> None:
     inputs = {"group": group, "shard": shard.id}
     stem = f"{shard.id}-{fingerprint(inputs)}"
-    data, entry = encode_shard(columns, rows, f"{stem}.mds")
-    files = {f"{stem}.mds": data} | {stem + end: value for end, value in companions.items()}
+    data, entry = encode_shard(columns, rows, f"{stem}.mds", compression=compression)
+    files = {stored(entry)["basename"]: data} | {
+        stem + end: value for end, value in companions.items()
+    }
     write_shard(store, group, shard, inputs, files, keys, [], entry)

@@ -64,6 +64,23 @@ def test_streams_the_split_and_nothing_else(root: Path, encoders: Encoders) -> N
     }
 
 
+def test_compressed_groups_are_unpacked_in_the_cache(
+    root: Path, encoders: Encoders, tmp_path: Path
+) -> None:
+    packed = tmp_path / "packed"
+    make_source(packed, encoders, compression="zstd")
+    before = {path: path.read_bytes() for path in packed.rglob("*") if path.is_file()}
+    expected = all_samples(make_dataset(plan_of(root, encoders), "masked"))
+    found = list(make_dataset(plan_of(packed, encoders), "masked"))
+    found = sorted(found, key=lambda sample: sample["key"])
+    for one, other in zip(found, expected, strict=True):
+        assert (one["key"], one["caption"]) == (other["key"], other["caption"])
+        np.testing.assert_array_equal(one["latent"], other["latent"])
+        np.testing.assert_array_equal(one["tokens"], other["tokens"])
+    assert {path: path.read_bytes() for path in before} == before
+    assert not list(packed.glob("toy/**/*.mds"))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_epochs_hold_every_sample_once(root: Path, encoders: Encoders, workers: int) -> None:
     dataset = make_dataset(plan_of(root, encoders), "masked")
