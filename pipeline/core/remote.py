@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any, cast
 
 from pipeline.core.errors import SettingError
 
 CONNECTIONS = 64  # at once; botocore's 10 are few where each answer takes 30 ms
-READ_TIMEOUT_S = 30  # of silence
+SILENCE_S = 30  # of the server, before a connection is given up
 _S3 = ("s3", "s3a")
 
 
@@ -71,6 +72,24 @@ def _patient(s3: Any) -> None:
     a download again that was cut off, hence twice. And 15 s is too short for an upload over a slow
     line, where a few megabytes still lie in the kernel's buffer when the waiting begins.
     """
+    if s3.session is not None:  # fsspec gives every Store the same
+        return
+    from aiobotocore.session import AioSession
+    from botocore.handlers import add_expect_header
+
     s3.retries = 2
-    s3.config_kwargs.setdefault("read_timeout", READ_TIMEOUT_S)
+    s3.config_kwargs.setdefault("read_timeout", SILENCE_S)
     s3.config_kwargs.setdefault("max_pool_connections", CONNECTIONS)
+    # Nothing limits the time an upload waits, for leave to begin or for the server to take more of
+    # it: ask for no leave, and let the kernel end a connection that takes nothing.
+    s3.session = AioSession(**s3.kwargs)
+    s3.session.unregister("before-call.s3", add_expect_header)
+    s3.config_kwargs.setdefault("connector_args", {"socket_factory": _impatient})
+
+
+def _impatient(address: tuple) -> socket.socket:
+    """A socket whose connection ends when what was sent is not taken for SILENCE_S."""
+    made = socket.socket(*address[:3])
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_S * 1000)
+    return made

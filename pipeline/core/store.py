@@ -256,8 +256,8 @@ class Store:
             )
         if code == errno.EDQUOT:  # what the disk has free says nothing about it
             return (
-                f"{where}: disk quota of uid {os.getuid()} exceeded: {size(need)} needed; free some "
-                "space or have it raised, then run the same command again"
+                f"{where}: disk quota of uid {os.getuid()} exceeded: {size(need)} needed; free "
+                "some space or have it raised, then run the same command again"
             )
         if code == errno.EROFS:
             return f"{where}: read-only file system; mount it writable or choose another --root"

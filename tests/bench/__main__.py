@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 import sys
+from pathlib import Path
 
 from tests.bench.rows import show
 
@@ -19,7 +20,8 @@ def main() -> None:
     for name in names:
         if name not in BENCHMARKS:
             sys.exit(f"bench: no benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
-    show(row for name in names for row in pkgutil.resolve_name(BENCHMARKS[name])())
+    rows = (row for name in names for row in pkgutil.resolve_name(BENCHMARKS[name])())
+    show(rows, Path("out", "bench.json"))
 
 
 if __name__ == "__main__":
