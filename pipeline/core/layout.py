@@ -2,8 +2,8 @@
 
     <root>/<source>/images/                                 tars, parquets, stats
     <root>/<source>/captions/<captioner>/                   parquets
-    <root>/<source>/latents/<vae>/<resolution>/             MDS column group
-    <root>/<source>/text/<encoder>/<captions>.<mode>/       MDS column group
+    <root>/<source>/latents/<vae>/<resolution>[.<kind>]/          MDS column group
+    <root>/<source>/text/<encoder>/<captions>.<mode>[.int8]/      MDS column group
 
 Every group holds index.json (MDS groups), manifest.json, data files, commits/, rejects/.
 """
@@ -24,13 +24,18 @@ def captions_group(source: str, captioner: str) -> str:
     return f"{source}/captions/{slug(captioner)}"
 
 
-def latents_group(source: str, vae: str, resolution: int) -> str:
-    return f"{source}/latents/{slug(vae)}/{resolution}"
+def latents_group(
+    source: str, vae: str, resolution: int, latents: str = "mean", crop: str = "center"
+) -> str:
+    """What is not the default shows in the name: 256, 256.moments, 256.sample.random."""
+    kinds = [kind for kind in (latents, crop) if kind not in ("mean", "center")]
+    return f"{source}/latents/{slug(vae)}/{'.'.join([str(resolution), *kinds])}"
 
 
-def text_group(source: str, encoder: str, captions: str, mode: str) -> str:
+def text_group(source: str, encoder: str, captions: str, mode: str, dtype: str = "float16") -> str:
     """`captions`: a captioner's name ("alt" = the source's own) or a mix, "alt:0.9,colour:0.1"."""
-    return f"{source}/text/{slug(encoder)}/{slug(captions)}.{mode}"
+    suffix = "" if dtype == "float16" else f".{dtype}"
+    return f"{source}/text/{slug(encoder)}/{slug(captions)}.{mode}{suffix}"
 
 
 def slug(name: str) -> str:

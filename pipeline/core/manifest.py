@@ -48,8 +48,9 @@ class LatentsManifest(Strict):
     source: str
     vae: VaeFacts
     resolution: int  # side of the encoded picture, pixels
-    crop: str
-    latents: str  # "mean" or "sample" of the posterior; raw, before shift and scale
+    crop: str  # "center", or "random": drawn by (seed, key)
+    latents: str  # raw, before shift and scale: the posterior's "mean", a "sample" of it drawn by
+    # (seed, key), or its "moments": mean and log variance, (2 channels, side, side)
     dtype: str  # of the stored array (channels, side, side)
     samples: int = 0
     splits: dict[str, int] = {}
@@ -63,7 +64,7 @@ class TextManifest(Strict):
     text_encoder: TextFacts
     text: str  # "full" or "trimmed"
     captions: str  # the mix, e.g. "alt:0.9,colour:0.1"
-    dtype: str  # of the stored token vectors (tokens, width)
+    dtype: str  # of the stored token vectors (tokens, width): float16, or int8 with scales
     samples: int = 0  # pictures, not distinct captions
     splits: dict[str, int] = {}
     shards: int = 0

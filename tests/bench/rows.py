@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-REPEATS = 3
+REPEATS = 5  # the median of these
 
 
 @dataclass(frozen=True)
