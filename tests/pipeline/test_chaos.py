@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ CONFIG = """
 source: openmoji
 download:
   glyphs: avocado;rocket;red heart;fox;owl;tent;pizza;ghost;robot;rose;sun;star
-  size: 64
+  size: 512
   samples_per_shard: 4
 encode:
   vae: tiny4
@@ -41,7 +42,12 @@ encode:
 """
 SHARDS = 24  # 12 glyphs x 7 backgrounds in fours, and 12 held-out pairs
 RUNS = 12  # after the last kill, at most, until a run ends well: kills may cost a shard 3 attempts
-STAGES = ("images", "captions", "latents")
+COMMITS = {
+    "images": "openmoji/images/commits",
+    "captions": "openmoji/captions/colour/commits",
+    "latents": "openmoji/latents/tiny4/64/commits",
+}
+STAGES = tuple(COMMITS)
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +83,21 @@ def start(config: Path, root: Path, address: str | None = None) -> subprocess.Po
 
 
 def commits(root: Path, stage: str) -> int:
-    return sum(1 for _ in root.glob(f"openmoji/{stage}/**/commits/*.json"))
+    return sum(1 for _ in root.glob(f"{COMMITS[stage]}/*.json"))
 
 
-def wait_for_a_moment(process: subprocess.Popen, root: Path, rng: random.Random) -> str:
-    """Until a random number of commits of the stage that is under way are there, and a bit more;
-    which stage that is."""
-    stage = next((s for s in STAGES if commits(root, s) < SHARDS), STAGES[-1])
-    wanted = rng.randint(commits(root, stage), SHARDS - 1)
+def wait_for_a_moment(
+    process: subprocess.Popen, root: Path, stage: str, rng: random.Random
+) -> bool:
+    """Until a random number of the stage's commits are there, and a moment more; whether the stage
+    is still under way."""
+    wanted = rng.randrange(SHARDS)
     while process.poll() is None and commits(root, stage) < wanted:
-        time.sleep(0.005)
-    time.sleep(rng.uniform(0, 0.4))
-    return stage
+        time.sleep(0.002)
+    while process.poll() is None and not workers_below(process.pid) and not wanted:
+        time.sleep(0.02)  # they start
+    time.sleep(rng.uniform(0, 0.3 if stage == "latents" else 0.02))
+    return process.poll() is None and commits(root, stage) < SHARDS
 
 
 def workers_below(pid: int) -> list[psutil.Process]:
@@ -133,17 +142,14 @@ def test_drivers_and_workers_killed(config, undisturbed, tmp_path, clean_shared_
     rng = random.Random(SEED)
     wanted = max(3, KILLS * 2 // 3)
     killed: Counter[str] = Counter()
-    number = 0
-    while killed.total() < wanted:
+    for number in range(20 * wanted):
+        if killed.total() >= wanted:
+            break
         root = tmp_path / f"{number}"
-        number += 1
         process = None
-        while killed.total() < wanted and commits(root, "latents") < SHARDS:
+        for stage in STAGES:
             process = process or start(config, root)
-            stage = wait_for_a_moment(process, root, rng)
-            if process.poll() is not None:
-                process.communicate()
-                process = None
+            if not wait_for_a_moment(process, root, stage, rng):
                 continue
             if killed.total() % 3 == 2:
                 process.kill()
@@ -155,7 +161,9 @@ def test_drivers_and_workers_killed(config, undisturbed, tmp_path, clean_shared_
                 killed[f"worker in {stage}"] += 1
         finish(config, root, process)
         check(root, undisturbed)
-    print(f"{killed.total()} kills over {number} roots: {dict(killed)}")
+        shutil.rmtree(root)
+    assert killed.total() >= wanted
+    print(f"{killed.total()} kills over {number} roots: {dict(sorted(killed.items()))}")
 
 
 def test_raylets_killed(config, undisturbed, tmp_path, clean_shared_memory):
@@ -164,16 +172,17 @@ def test_raylets_killed(config, undisturbed, tmp_path, clean_shared_memory):
     wanted = max(2, KILLS - KILLS * 2 // 3)
     killed: Counter[str] = Counter()
     with RayCluster(nodes=3) as cluster:
-        number = 0
-        while killed.total() < wanted:
+        for number in range(20 * wanted):
+            if killed.total() >= wanted:
+                break
             root = tmp_path / f"{number}"
-            number += 1
             process = start(config, root, cluster.address)
-            while killed.total() < wanted and process.poll() is None:
-                stage = wait_for_a_moment(process, root, rng)
-                if process.poll() is None:
+            for stage in STAGES:
+                if wait_for_a_moment(process, root, stage, rng):
                     cluster.kill_node()
                     killed[f"raylet in {stage}"] += 1
             finish(config, root, process, cluster.address)
             check(root, undisturbed)
-    print(f"{killed.total()} kills over {number} roots: {dict(killed)}")
+            shutil.rmtree(root)
+    assert killed.total() >= wanted
+    print(f"{killed.total()} kills over {number} roots: {dict(sorted(killed.items()))}")
