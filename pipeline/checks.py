@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core import layout
+from pipeline.core import layout, official
 from pipeline.core.commits import Commit, keys_hash, read_commit, read_file
 from pipeline.core.errors import BrokenShard, SettingError, StorageError
 from pipeline.core.groups import index_input
-from pipeline.core.manifest import LatentsManifest, Manifest, TextManifest
+from pipeline.core.manifest import LatentsManifest, Manifest, OfficialManifest, TextManifest
 from pipeline.core.mds import decode_shard, stored, unpack
 from pipeline.core.store import Store, canonical_json, fingerprint, sha256
 from pipeline.core.tables import from_parquet
 from pipeline.core.tars import read_samples
+from pipeline.core.tokens import BLOCK
 from pipeline.stages.images import IMAGE_EXTENSIONS
 
 SHOWN = 20  # problems of a shard that are named one by one
@@ -248,9 +249,10 @@ class _Shard:
             elif len(np.unique(rows)) != found:
                 self.problem(f"{found - len(np.unique(rows))} of its captions belong to no sample")
         else:
-            found = self._latents(header, samples, keys)
+            read = self._official if self.task.group.startswith("official/") else self._latents
+            found = read(header, samples, keys)
             if found != len(keys) or not (rows == np.arange(len(keys))).all():
-                self.problem(f"{found} latents, not in the order of its {len(keys)} keys")
+                self.problem(f"{found} samples, not in the order of its {len(keys)} keys")
         if found != count:
             self.problem(f"{found} rows in its MDS shard, its index entry says {count}")
 
@@ -273,14 +275,15 @@ class _Shard:
 
     def _text(self, header: dict[str, Any], samples: Any) -> int:
         manifest = self.task.manifest
-        seen: set[str] = set()
+        seen: dict[str, list[np.ndarray]] = {}  # an import may have a caption in several vectors
         count = 0
         for count, sample in enumerate(samples, 1):
-            tokens, caption = sample["tokens"], sample["caption"]
+            tokens, caption, scales = sample["tokens"], sample["caption"], sample.get("scales")
             where = f"caption {count - 1} ({caption[:40]!r})"
-            if caption in seen:
+            others = seen.setdefault(caption, [])
+            if any(np.array_equal(tokens, other) for other in others):
                 self.problem(f"{where} is stored twice")
-            seen.add(caption)
+            others.append(tokens)
             if isinstance(manifest, TextManifest):
                 length, width = manifest.text_encoder.length, manifest.text_encoder.width
                 shape, full = tokens.shape, manifest.text == "full"
@@ -290,8 +293,48 @@ class _Shard:
                         f"{where} has {tokens.dtype} tokens {shape}; the manifest says "
                         f"{manifest.dtype} ({'' if full else 'up to '}{length}, {width})"
                     )
+            self._scales(where, tokens, scales)
             if not _finite(tokens):
                 self.problem(f"{where} has tokens that are no numbers (NaN or infinite)")
+        return count
+
+    def _scales(self, where: str, tokens: np.ndarray, scales: np.ndarray | None) -> None:
+        """Those of a caption's vectors: with int8, and only with int8."""
+        if tokens.dtype != np.int8:
+            if scales is not None:
+                self.problem(f"{where} has scales beside {tokens.dtype} tokens")
+            return
+        if scales is None:
+            self.problem(f"{where} has int8 tokens without scales")
+            return
+        wanted = (len(tokens), -(-tokens.shape[-1] // BLOCK))
+        if scales.dtype != np.float16 or scales.shape != wanted:
+            self.problem(
+                f"{where} has {scales.dtype} scales {scales.shape}; its tokens need float16 "
+                f"{wanted}"
+            )
+        if not _finite(scales) or (scales < 0).any():
+            self.problem(f"{where} has scales that are negative or no numbers (NaN or infinite)")
+
+    def _official(self, header: dict[str, Any], samples: Any, keys: list[str]) -> int:
+        manifest = self.task.manifest
+        sizes: dict[str, int] = {}  # column -> bytes
+        if isinstance(manifest, OfficialManifest):
+            sizes = official.sizes(manifest.resolutions, manifest.vae, manifest.text_encoder)
+            wanted = official.columns(manifest.resolutions)
+            columns = dict(zip(header["column_names"], header["column_encodings"], strict=True))
+            if columns != wanted:
+                self.problem(f"columns are {columns}, the manifest says {wanted}")
+                sizes = {}
+        count = 0
+        for count, sample in enumerate(samples, 1):
+            key = keys[count - 1] if count <= len(keys) else f"row {count - 1}"
+            for name, size in sizes.items():
+                if len(sample[name]) != size:
+                    found = len(sample[name])
+                    self.problem(f"its {name} has {found} bytes, the manifest says {size}", key)
+                elif not _finite(np.frombuffer(sample[name], official.DTYPE)):
+                    self.problem(f"its {name} has values that are no numbers", key)
         return count
 
     def _keys(self, commit: Commit, keys: list[str]) -> None:

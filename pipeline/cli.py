@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline import cli_run
+from pipeline import cli_convert, cli_run
 from pipeline.core.errors import SettingError, StorageError, nearest
 from pipeline.typer_group import OPTIONS
 
@@ -16,6 +16,7 @@ app = typer.Typer(
     help="From a dataset's name to cached latents in MDS shards.", add_completion=False, **OPTIONS
 )
 app.add_typer(cli_run.app, name="run")
+app.add_typer(cli_convert.app, name="convert")
 
 Source = Annotated[
     str | None, typer.Option(help="Source name; default: every source under the root.")
@@ -48,8 +49,9 @@ def fetch(name: Annotated[str, typer.Argument(help="A VAE or text encoder, e.g. 
     """Download an encoder's weights from the Hugging Face hub into the local cache."""
     from pipeline.encoders import TEXT_ENCODERS, VAES, locate_text, locate_vae
     from pipeline.encoders.hub import fetch as fetch_repo
+    from pipeline.encoders.hub import is_hub_id
 
-    if name in VAES or (name not in TEXT_ENCODERS and name.count("/") == 1):
+    if name in VAES or (name not in TEXT_ENCODERS and is_hub_id(name)):
         repo, subfolder = locate_vae(name)
     elif name in TEXT_ENCODERS:
         repo, subfolder = locate_text(name).split(":", 1)[1], ""

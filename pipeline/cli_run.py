@@ -17,8 +17,8 @@ from pipeline.core.errors import SettingError
 from pipeline.typer_group import OPTIONS
 
 if TYPE_CHECKING:
-    from pipeline.config import DataConfig
     from pipeline.report import Report
+    from pipeline.stages import Stage
 
 app = typer.Typer(help="Run a stage over the shards it has left to do.", **OPTIONS)
 
@@ -84,11 +84,23 @@ class Common:
 def _stage_command(own: Callable[..., dict[str, Any]]) -> Callable[..., None]:
     """A command with its own options, which `own` turns into overrides, and the common ones."""
 
+    def run_them(common: Common, overrides: dict[str, Any]) -> None:
+        stages = ["download", "caption", "encode"] if own.__name__ == "all_" else [own.__name__]
+        _run(stages, common, overrides)
+
+    return with_common(own, run_them)
+
+
+def with_common(
+    own: Callable[..., Any], finish: Callable[[Common, Any], None]
+) -> Callable[..., None]:
+    """A command with its own options and the common ones; what `own` makes of its own goes to
+    `finish`."""
+
     @functools.wraps(own)
     def command(**given: Any) -> None:
         common = Common(**{f.name: given.pop(f.name) for f in fields(Common)})
-        stages = ["download", "caption", "encode"] if own.__name__ == "all_" else [own.__name__]
-        _run(stages, common, own(**given))
+        finish(common, own(**given))
 
     signature = inspect.signature(own, eval_str=True)
     shared = [
@@ -153,6 +165,26 @@ def encode(
     text: Annotated[
         str | None, typer.Option(help="full (padding kept) or trimmed (real tokens).")
     ] = None,
+    text_dtype: Annotated[
+        str | None, typer.Option(help="float16, or int8: half the bytes, cosine 0.9995 or better.")
+    ] = None,
+    latents: Annotated[
+        str | None,
+        typer.Option(help="mean, sample (one draw), or moments (drawn anew each epoch)."),
+    ] = None,
+    crop: Annotated[
+        str | None, typer.Option(help="center, random by (seed, key), or none.")
+    ] = None,
+    small: Annotated[
+        str | None, typer.Option(help="Pictures below the resolution: reject, or upscale.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="The VAE computes in float32, bfloat16, or auto: by device.")
+    ] = None,
+    batch_size: Annotated[str | None, typer.Option(help="A number, or auto.")] = None,
+    compile_: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile the VAE.")
+    ] = None,
     device: Device = None,
 ) -> dict[str, Any]:
     """Encode pictures to latents and captions to token vectors, as MDS shards."""
@@ -162,6 +194,13 @@ def encode(
         "encode.resolutions": None if resolutions is None else resolutions.split(","),
         "encode.captions": captions,
         "encode.text": text,
+        "encode.text_dtype": text_dtype,
+        "encode.latents": latents,
+        "encode.crop": crop,
+        "encode.small": small,
+        "encode.dtype": dtype,
+        "encode.batch_size": batch_size,
+        "encode.compile": compile_,
         "encode.device": device,
     }
 
@@ -174,7 +213,7 @@ def all_(device: Device = None) -> dict[str, Any]:
 
 
 def _run(stages: list[str], common: Common, overrides: dict[str, Any]) -> None:
-    from pipeline.config import default_root, load_config
+    from pipeline.config import build_stage, default_root, load_config
     from pipeline.progress import table
 
     if stages[0] == "download" and common.source is None and common.config is None:
@@ -191,22 +230,21 @@ def _run(stages: list[str], common: Common, overrides: dict[str, Any]) -> None:
     reports: list[Report] = []
     for record in configs:
         for stage in stages:
-            report = _run_stage(stage, record, root, common)
-            if report is None:  # a dry run: the stages after it have no input yet
-                continue
-            if report.stopped:
-                print("stopped; the same command goes on where it stopped", file=sys.stderr)
-                raise typer.Exit(STOPPED[report.stopped])
-            reports.append(report)
+            report = run_stage(build_stage(stage, record), root, common)
+            if report is not None:  # else a dry run: the stages after it have no input yet
+                reports.append(report)
     if len(reports) > 1:
         table(reports)
     if any(report.failed for report in reports):
         raise typer.Exit(1)
 
 
-def _run_stage(name: str, config: DataConfig, root: str, common: Common) -> Report | None:
-    """Runs one stage of one source and prints its summary."""
-    from pipeline.config import build_stage
+def run_stage(stage: Stage, root: str, common: Common) -> Report | None:
+    """Runs one stage of one source and prints its summary; None after a dry run.
+
+    Raises:
+        typer.Exit: a signal stopped it.
+    """
     from pipeline.core.catalog import Catalog
     from pipeline.core.store import Store
     from pipeline.plan import Choice, plan, preflight
@@ -214,7 +252,6 @@ def _run_stage(name: str, config: DataConfig, root: str, common: Common) -> Repo
     from pipeline.progress import Progress, summarise
     from pipeline.runner import run
 
-    stage = build_stage(name, config)
     quota = None if common.quota is None else parse_size(common.quota)
     choice = Choice(common.shards, common.stale, common.force)
     if common.dry_run:
@@ -231,9 +268,12 @@ def _run_stage(name: str, config: DataConfig, root: str, common: Common) -> Repo
         dashboard=common.dashboard,
         command=shlex.join(["pipeline", *sys.argv[1:]]),
     )
-    with Progress(f"{name} {config.source}") as progress:
+    with Progress(f"{stage.name} {stage.source}") as progress:
         report = run(stage, root, options, progress, progress.announce)
     summarise(report)
+    if report.stopped:
+        print("stopped; the same command goes on where it stopped", file=sys.stderr)
+        raise typer.Exit(STOPPED[report.stopped])
     return report
 
 

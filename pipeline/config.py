@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pkgutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -30,9 +30,15 @@ class EncodeConfig(BaseModel):
     resolutions: list[int] = [256, 512]
     captions: str = "alt"
     text: str = "full"
-    batch_size: int = 16
+    text_dtype: str = "float16"
+    latents: str = "mean"
+    crop: str = "center"
+    small: str = "reject"
+    dtype: str = "auto"
+    batch_size: int | Literal["auto"] = "auto"
     seed: int = 0
     device: str = "cpu"
+    compile: bool = False
     hashes: list[str] = []
     compression: str | None = None
 
@@ -143,7 +149,8 @@ def known(name: str, table: dict[str, str], kind: str) -> None:
 def one_line(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """A pydantic error as one line: key, value, remedy. The first of several problems."""
     first = error.errors()[0]
-    keys = [str(part) for part in first["loc"]]
+    # Pydantic adds which alternative of a union it tried: no part of the key that the user wrote.
+    keys = [str(p) for p in first["loc"] if p != "int" and not str(p).startswith("literal[")]
     name = ".".join(keys)
     if first["type"] == "extra_forbidden":
         siblings = _fields(model, keys[:-1])

@@ -70,12 +70,19 @@ class Pool:
         self, ray: Any, stage: Stage, store: Store, options: Options, report: Report
     ) -> None:
         self.ray, self.options, self.report = ray, options, report
-        actor = ray.remote(num_cpus=1, num_gpus=stage.gpus, max_restarts=0)(_Worker)
+        self._needs = needs = stage.needs
+        actor = ray.remote(
+            num_cpus=needs.cpus,
+            num_gpus=needs.gpus,
+            max_restarts=0,
+            max_concurrency=needs.in_hand,
+        )(_Worker)
         self._new = lambda: actor.remote(stage, store.root, options.choice.force)
-        self._gpus, self._local = stage.gpus, store.local
+        self._local = store.local
         self._opening: dict[Any, Any] = {}  # reference -> worker that loads its weights
-        self._idle: list[Any] = []
+        self._idle: list[Any] = []  # a worker for each shard more that it can take
         self._running: dict[Any, _InHand] = {}
+        self._dead: set[Any] = set()
         self._opening_failed = 0
         self._looked = 0.0
 
@@ -117,10 +124,8 @@ class Pool:
             yield None
 
     def close(self) -> None:
-        for worker in [*self._idle, *self._opening.values()]:
+        for worker in self._workers() | set(self._opening.values()):
             self.ray.kill(worker)
-        for hand in self._running.values():
-            self.ray.kill(hand.worker)
 
     def _grow(self) -> None:
         """As many workers as asked for, or as the cluster has room for: it may grow or shrink."""
@@ -129,15 +134,15 @@ class Pool:
             return
         self._looked = now
         total = self.ray.cluster_resources()
-        room = total.get("CPU", 1)
-        if self._gpus:
-            room = min(room, total.get("GPU", 0) / self._gpus)
+        room = total.get("CPU", 1) / self._needs.cpus
+        if self._needs.gpus:
+            room = min(room, total.get("GPU", 0) / self._needs.gpus)
             if not room and self.options.address is None:
                 raise SettingError(
                     "device=cuda: this machine offers Ray no GPU; use --device cpu, or --address "
                     "of a cluster that has some"
                 )
-        here = len(self._idle) + len(self._opening) + len(self._running)
+        here = len(self._workers()) + len(self._opening)
         for _ in range(min(self.options.workers or max(1, int(room)), self.report.total) - here):
             self._open()
 
@@ -169,7 +174,8 @@ class Pool:
             self._open()
             return
         self._opening_failed = 0
-        self._idle.append(worker)
+        for _ in range(self._needs.in_hand):
+            self._free(worker)
         self._count()
 
     def _submit(self, job: Job, attempt: int) -> None:
@@ -182,7 +188,7 @@ class Pool:
         try:
             found = self.ray.get(reference)
         except self.ray.exceptions.RayTaskError as error:
-            self._idle.append(hand.worker)
+            self._free(hand.worker)
             cause = error.cause
             if isinstance(cause, SettingError):
                 raise cause from None
@@ -192,12 +198,30 @@ class Pool:
                 attempts = ATTEMPTS  # the same samples will be rejected again
             return Failure(f"{type(cause).__name__}: {cause}", attempts)
         except self.ray.exceptions.RayError as error:
-            if not self.report.stopped:
-                self._open()
-            self._count()
+            self._lost(hand.worker)
             return Failure(f"worker died: {type(error).__name__}", attempts)
-        self._idle.append(hand.worker)
+        self._free(hand.worker)
         return found
+
+    def _free(self, worker: Any) -> None:
+        """It can take one more shard: before others if it has none, after them if it has."""
+        if worker in self._dead:
+            return
+        busy = worker in self._idle or any(h.worker == worker for h in self._running.values())
+        self._idle.insert(0 if busy else len(self._idle), worker)
+
+    def _lost(self, worker: Any) -> None:
+        """Another takes its place, once, however many shards it had in hand."""
+        if worker in self._dead:
+            return
+        self._dead.add(worker)
+        self._idle = [other for other in self._idle if other != worker]
+        if not self.report.stopped:
+            self._open()
+        self._count()
+
+    def _workers(self) -> set[Any]:
+        return {*self._idle, *(h.worker for h in self._running.values())} - self._dead
 
     def _kill_late(self) -> None:
         limit = self.options.shard_timeout_s
@@ -206,7 +230,7 @@ class Pool:
                 self.ray.kill(hand.worker)
 
     def _count(self) -> None:
-        self.report.workers = len(self._idle) + len(self._running)
+        self.report.workers = len(self._workers())
 
 
 class _Worker:
@@ -241,8 +265,7 @@ class _Worker:
         for name, count in counted.items():
             if count:
                 self._metrics[name].inc(count)
-        counters, self.work.counters = self.work.counters, Counter()
-        return Made(commits, True, counters)
+        return Made(commits, True, self.work.take_counters())
 
     def _left(self, job: Job) -> Job:
         """Without what another run, or an orphan of a dead one, has committed since the plan."""

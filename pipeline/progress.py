@@ -141,6 +141,13 @@ def summarise(report: Report) -> None:
         f"{rate}), {report.skipped} already done, {elsewhere}{report.failed} failed, "
         f"{report.seconds:.1f} s"
     )
+    spent = report.spent()
+    if total := sum(spent.values()):
+        shares = ", ".join(f"{name} {count / total:.0%}" for name, count in spent.items())
+        print(f"  workers' time: {shares}")
+    for group, found in report.groups.items() if len(report.groups) > 1 else ():
+        if found["samples"]:
+            print(f"  {group}: {found['bytes'] / found['samples']:,.0f} bytes a sample")
     for reason, count in sorted(report.rejects.items()):
         print(f"  rejected: {count} {reason} (see rejects/ in the group)")
     for reason, count in report.stale.most_common():

@@ -11,14 +11,13 @@ import json
 import re
 from dataclasses import dataclass, field
 
-from pipeline.core import process, summary, uploads
+from pipeline.core import layout, process, summary, uploads
 from pipeline.core.commits import scan
 from pipeline.core.errors import SettingError
 from pipeline.core.store import TEMPORARY, Entry, Store, size
 from pipeline.core.uploads import Upload
 from pipeline.status import groups_of
 
-KINDS = ("images", "captions", "latents", "text")  # folders of a source that hold groups
 SHOWN = 3  # names of a group in the listing for people
 
 # What a group holds beside the files that its commits name.
@@ -60,7 +59,7 @@ def find(store: Store, source: str) -> list[Garbage]:
         elif group is not None:
             garbage = not _is_kept(entry.path[len(group) + 1 :], named[group])
         else:  # a group whose first run died before its first commit
-            garbage = entry.path.split("/")[1] in KINDS and "/leases/" not in entry.path
+            garbage = entry.path.split("/")[1] in layout.KINDS and "/leases/" not in entry.path
         if garbage:
             where = group or folder
             found.setdefault(where, Garbage(where)).files.append(entry)

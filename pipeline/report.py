@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.core import process
 from pipeline.core.commits import Commit
 from pipeline.core.store import Store
+from pipeline.stages.stopwatch import PREFIX
 
 KEPT_FAILURES = 1000  # in memory and in the report; all of them are in the groups' failures/
 
@@ -28,6 +29,7 @@ class Report:
     elsewhere: int = 0  # made meanwhile by another run
     samples: int = 0
     bytes: int = 0
+    groups: dict[str, dict[str, int]] = field(default_factory=dict)  # -> samples, bytes
     rejects: Counter[str] = field(default_factory=Counter)
     stale: Counter[str] = field(default_factory=Counter)  # why -> shards left as they are
     failed: int = 0
@@ -42,7 +44,10 @@ class Report:
     def add(self, commits: dict[str, Commit]) -> None:
         """One shard was made: its commit in each group."""
         self.shards += 1
-        for commit in commits.values():
+        for name, commit in commits.items():
+            group = self.groups.setdefault(name, {"samples": 0, "bytes": 0})
+            group["samples"] += commit.samples
+            group["bytes"] += commit.bytes()
             self.rejects.update(commit.rejects)
             self.bytes += commit.bytes()
         # A picture with a caption but no latent, say, is of no use to anyone.
@@ -52,6 +57,15 @@ class Report:
         self.failed += 1
         if len(self.failures) < KEPT_FAILURES:
             self.failures[shard] = error
+
+    def spent(self) -> dict[str, int]:
+        """Milliseconds of the workers by what they did, where the stage tells, longest first."""
+        spent = {
+            name.removeprefix(PREFIX): count
+            for name, count in self.counters.items()
+            if name.startswith(PREFIX)
+        }
+        return dict(sorted(spent.items(), key=lambda item: -item[1]))
 
     @property
     def finished(self) -> int:

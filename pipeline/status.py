@@ -164,11 +164,10 @@ def sources_of(store: Store, source: str | None = None) -> list[str]:
     Raises:
         SettingError: nothing is there, or no such source.
     """
-    kinds = {"images", "captions", "latents", "text"}
     sources = [
         name
         for name in store.folders("")
-        if kinds & set(store.folders(name)) and groups_of(store, name)
+        if set(layout.KINDS) & set(store.folders(name)) and groups_of(store, name)
     ]
     if not sources:
         raise SettingError(
@@ -201,4 +200,5 @@ def _groups(store: Store, source: str, folder: str) -> list[str]:
 
 
 def _stage_of(group: str) -> str:
-    return {"images": "download", "captions": "caption"}.get(group.split("/")[0], "encode")
+    stages = {"images": "download", "captions": "caption", "official": "export"}
+    return stages.get(group.split("/")[0], "encode")

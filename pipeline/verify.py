@@ -28,6 +28,7 @@ from pipeline.core.store import Store, canonical_json
 from pipeline.processes import Processes
 from pipeline.status import groups_of, sources_of
 
+INDEXED = ("latents", "text", "official")  # kinds of groups with an index and a manifest
 DUPLICATES = 20  # of a group that are named one by one
 
 
@@ -122,7 +123,7 @@ def verify(
             problems += _duplicates(store, source, group, ordered)
             if _is_written(store, f"{source}/{group}"):
                 note(f"{source}/{group}: a run holds it; its index and manifest are not compared")
-            elif names and _kind(group) in ("latents", "text"):
+            elif names and _kind(group) in INDEXED:
                 problems += _published(store, source, group, manifest, ordered)
             for problem in problems:
                 say(problem)
@@ -164,7 +165,7 @@ def _manifest(
     store: Store, source: str, group: str, wanted: bool
 ) -> tuple[Manifest | None, list[Problem]]:
     """The manifest of a group that training reads; None where it has none, or a broken one."""
-    if _kind(group) not in ("latents", "text") or not wanted:
+    if _kind(group) not in INDEXED or not wanted:
         return None, []
     where = f"{source}/{group}"
     try:
@@ -293,6 +294,8 @@ def _command(store: Store, source: str, group: str) -> str:
             inputs = commit.inputs
             break
     kind = _kind(group)
+    if inputs.get("stage") in ("export", "import"):
+        return _convert_command(store, source, group, inputs)
     stage = {"images": "download", "captions": "caption"}.get(kind, "encode")
     words = ["pipeline", "run", stage, "--root", store.root, "--source", source]
     if kind == "captions" and "captioner" in inputs:
@@ -307,6 +310,20 @@ def _command(store: Store, source: str, group: str) -> str:
         if group.endswith(f"/{layout.slug(mix)}.{inputs['text']}"):  # else as the YAML says
             words += ["--captions", mix]
     return f"`{shlex.join(words)}`"
+
+
+def _convert_command(store: Store, source: str, group: str, inputs: dict[str, Any]) -> str:
+    stage = inputs["stage"]
+    words = ["pipeline", "convert", stage, "--root", store.root, "--source", source]
+    words += ["--text-encoder", inputs["text_encoder"]["name"]]
+    if "vae" in inputs:
+        words += ["--vae", inputs["vae"]["name"]]
+    if stage == "export":
+        words += ["--resolutions", ",".join(sorted(inputs["latents_made"], key=int))]
+        words += ["--latents", inputs["latents"], "--crop", inputs["crop"]]
+        words += ["--captions", inputs["captions"], "--split", inputs["split"]]
+        words += ["--out", group.split("/")[1]]
+    return f"`{shlex.join(words)}{' --from DATASET' if stage == 'import' else ''}`"
 
 
 def as_json(problems: list[Problem], summary: Summary, lines: list[str]) -> str:

@@ -43,6 +43,7 @@ class Data(Section):
     )
     sources: Annotated[list[str], Field(min_length=1)]
     vae: str
+    latents: Literal["mean", "sample"] = "mean"  # of the posterior, as encoded
     text_encoder: str
     captions: str = "alt"  # a captioner or a mix, as given to `pipeline run encode`
     text: Literal["full", "trimmed"] = "full"

@@ -122,6 +122,8 @@ def encode_command(config: Config, source: str, resolution: int) -> str:
         words += ["--root", data.root]
     words += ["--vae", data.vae, "--text-encoder", data.text_encoder]
     words += ["--resolutions", str(resolution), "--captions", data.captions, "--text", data.text]
+    if data.latents != "mean":
+        words += ["--latents", data.latents]
     return f"`{shlex.join(words)}`"
 
 
@@ -177,7 +179,7 @@ def _find_data(plan: Plan) -> dict[str, list[Source]]:
 def _find_source(plan: Plan, store: Store, name: str, resolution: int) -> Source:
     data = plan.config.data
     command = encode_command(plan.config, name, resolution)
-    latents_group = layout.latents_group(name, data.vae, resolution)
+    latents_group = layout.latents_group(name, data.vae, resolution, data.latents)
     text_group = layout.text_group(name, data.text_encoder, data.captions, data.text)
     latents = _manifest(store, latents_group, LatentsManifest, command)
     text = _manifest(store, text_group, TextManifest, command)

@@ -79,7 +79,7 @@ def score(painter: Painter, options: argparse.Namespace) -> dict[str, Any]:
     from training.generate import Progress
     from training.sheet import contact_sheet
 
-    judge = load_text(options.judge)
+    judge = load_text(options.judge, images=True)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     splits = read_examples(painter.passport, options.root)
@@ -167,7 +167,9 @@ def read_examples(passport: Any, root: str = "") -> dict[str, list[Example]]:
     data = passport.config["data"]
     store = Store(root or data["root"])
     source = data["sources"][0]
-    group = layout.latents_group(source, passport.vae.name, passport.resolution)
+    # Settings of older runs do not name what was the only kind then.
+    kind = data.get("latents", "mean")
+    group = layout.latents_group(source, passport.vae.name, passport.resolution, kind)
     if not store.local or not store.exists(f"{group}/index.json"):
         raise SettingError(
             f"--root {store.root}: no {group} there, which the model was trained on; "

@@ -188,7 +188,13 @@ def plain_stem(store: Store, group: str, shard: str, files: dict[str, bytes]) ->
 
 
 #: Inputs that name the content of what a stage read: their values say nothing to a person.
-_UPSTREAM = {"images": "images were made anew", "captions_made": "captions were made anew"}
+_UPSTREAM = {
+    "images": "images were made anew",
+    "captions_made": "captions were made anew",
+    "latents_made": "latents were made anew",
+    "text_made": "text was made anew",
+    "official": "the official shard is another",
+}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

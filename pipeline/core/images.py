@@ -1,14 +1,27 @@
-"""Decode, resize, crop: pure functions from encoded bytes to the pixels an encoder sees."""
+"""Encoded bytes to the pixels an encoder sees: pure functions that decode, resize and crop."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import io
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+import simplejpeg
+from PIL import ExifTags, Image
 
 MAX_PIXELS = 120_000_000  # larger headers are refused before a pixel is decoded
+
+#: What Pillow may try on bytes from anywhere: never those that run a program (EPS: Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+
+Crop = Literal["center", "random", "none"]
+Small = Literal["reject", "upscale"]
 
 
 class BadPicture(Exception):
@@ -19,25 +32,204 @@ class BadPicture(Exception):
         self.reason = reason
 
 
-def decode(data: bytes) -> Image.Image:
-    """Encoded bytes to an upright RGB picture; transparency is flattened on white.
+def shorter_side(data: bytes) -> int:
+    """The shorter side in pixels, from the header alone: no pixel is decoded.
 
     Raises:
         BadPicture: "undecodable" or "too-large".
     """
+    with _judged():
+        return min(_open(data).size)
+
+
+def read_pixels(data: bytes) -> np.ndarray:
+    """Encoded bytes to upright RGB; transparency on white, of an animation the first frame.
+
+    libjpeg-turbo decodes RGB and grey JPEGs without Pillow's copies, to the same pixels. Pillow
+    decodes the rest, and whatever libjpeg-turbo has doubts about.
+
+    Returns:
+        (H, W, 3) uint8, contiguous and writable.
+
+    Raises:
+        BadPicture: "undecodable" or "too-large".
+    """
+    with _judged():
+        image = _open(data)
+        pixels = _jpeg(data, image)
+        if pixels is None:
+            pixels = _pillow(image)
+        turn = _UPRIGHT.get(_orientation(image))
+        return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
+
+
+def decode(data: bytes) -> Image.Image:
+    """`read_pixels` as a Pillow picture in mode RGB.
+
+    Raises:
+        BadPicture: "undecodable" or "too-large".
+    """
+    return Image.fromarray(read_pixels(data))
+
+
+def fit(
+    picture: np.ndarray | Image.Image,
+    resolution: int,
+    crop: Crop = "center",
+    seed: int = 0,
+    key: str = "",
+    small: Small = "reject",
+) -> np.ndarray:
+    """Shorter side to `resolution` (bicubic, antialiased), then a square of that size.
+
+    At most 2 of 255 from Pillow's BICUBIC and the same crop. Several resolutions of one picture:
+    call it on the original for each.
+
+    Args:
+        picture: (H, W, 3) uint8 RGB, or a Pillow picture.
+        resolution: pixels a side.
+        crop: "center"; "random", at a relative place that (seed, key) alone decide, so two
+            resolutions of a picture show the same part; "none", the whole picture or nothing.
+        small: "reject" or "upscale" a picture whose shorter side is below `resolution`.
+
+    Returns:
+        (resolution, resolution, 3) uint8, a copy.
+
+    Raises:
+        BadPicture: "too-small"; "not-square", for crop "none"; "too-large", where enlarging would
+            need more than MAX_PIXELS.
+    """
+    if crop not in ("center", "random", "none"):
+        raise ValueError(f"crop={crop!r}: known are 'center', 'random', 'none'")
+    if small not in ("reject", "upscale"):
+        raise ValueError(f"small={small!r}: known are 'reject', 'upscale'")
+    pixels = _array(picture)
+    height, width, _ = pixels.shape
+    shorter = min(width, height)
+    if shorter < resolution and small == "reject":
+        raise BadPicture("too-small", f"{width}x{height}, needs {resolution} on the shorter side")
+    scale = resolution / shorter
+    wide, high = (max(resolution, round(side * scale)) for side in (width, height))
+    if crop == "none" and wide != high:
+        raise BadPicture("not-square", f"{width}x{height} is {wide}x{high} at {resolution}")
+    if shorter < resolution and wide * high > MAX_PIXELS:
+        raise BadPicture("too-large", f"{width}x{height} enlarged to {wide}x{high} pixels")
+    if shorter != resolution:
+        pixels = _resize(pixels, high, wide)
+    top, left = (_offset(side - resolution, crop, seed, key) for side in (high, wide))
+    return pixels[top : top + resolution, left : left + resolution].copy()
+
+
+def _array(picture: np.ndarray | Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 that torch can wrap: in C order and writable, or it warns."""
+    if isinstance(picture, Image.Image):
+        return np.array(picture.convert("RGB"))
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise ValueError(f"pixels are (H, W, 3) uint8, not {picture.shape} {picture.dtype}")
+    return np.require(picture, requirements=["C", "W"])
+
+
+def _resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) uint8 to (height, width, 3).
+
+    torch has Pillow's filter in SIMD for uint8 in channels_last, which is how an (H, W, 3) array
+    lies in memory. It tells by the batch's stride as well, so the batch is added before the
+    permutation, not after it: the other way round the result is channels-first, and slower.
+    """
+    import torch
+
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # (1, 3, H, W)
+    resized = torch.nn.functional.interpolate(
+        image, size=(height, width), mode="bicubic", antialias=True
+    )
+    return resized.permute(0, 2, 3, 1)[0].numpy()
+
+
+def _offset(slack: int, crop: Crop, seed: int, key: str) -> int:
+    """Where the square begins, 0 to `slack` pixels; one of the two sides has no slack."""
+    if crop != "random":
+        return slack // 2
+    digest = hashlib.sha256(f"crop:{seed}:{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") * (slack + 1) >> 64
+
+
+def _open(data: bytes) -> Image.Image:
+    """The picture with its header read and its size judged."""
+    image = Image.open(io.BytesIO(data), formats=_formats())
+    if image.width * image.height > MAX_PIXELS:
+        raise BadPicture("too-large", f"{image.width}x{image.height} pixels")
+    if image.width * image.height == 0:
+        raise BadPicture("undecodable", f"{image.width}x{image.height} pixels")
+    return image
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """FORMATS that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
+    """(H, W, 3) uint8 of an RGB or grey JPEG, or None: Pillow has to decide."""
+    if image.format not in ("JPEG", "MPO"):
+        return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise BadPicture("too-large", f"{image.width}x{image.height} pixels")
-            image = ImageOps.exif_transpose(image)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-                image = Image.alpha_composite(white, image)
-            return image.convert("RGB")
-    except BadPicture:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        if (width, height) != image.size or space not in ("YCbCr", "RGB", "Gray"):
+            return None
+        return simplejpeg.decode_jpeg(data, "RGB")
+    except ValueError as error:
+        # An end marker before the last pixel: a download that broke off and was closed properly.
+        # Pillow would fill the rest with grey. What else libjpeg warns of may be harmless.
+        if "premature end of data segment" in str(error):
+            raise BadPicture("undecodable", f"truncated: {error}") from error
+        return None
+
+
+def _pillow(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 of whatever Pillow has opened."""
+    image.load()
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # 16-bit grey, its high byte as in 16-bit RGB: Pillow's own conversion clips it to white.
+        levels = np.asarray(image)
+        if image.mode == "I":  # 32 bits that hold 16
+            levels = levels.clip(0, 65535)
+        return np.repeat((levels >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return np.array(image.convert("RGB"))
+
+
+def _orientation(image: Image.Image) -> object:
+    """The EXIF orientation, 1 to 8. EXIF that cannot be read turns nothing: the pixels are good."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+
+
+#: EXIF orientation -> what sets the picture upright; Pillow is faster at it than numpy's views.
+_UPRIGHT: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@contextmanager
+def _judged() -> Iterator[None]:
+    """What goes wrong inside is the picture's fault, and its BadPicture says how."""
+    try:
+        with _QUIET:
+            yield
+    except (BadPicture, MemoryError):  # the latter is the machine's fault: sizes are bounded
         raise
     except Image.DecompressionBombError as error:
         raise BadPicture("too-large", str(error)) from error
@@ -45,25 +237,32 @@ def decode(data: bytes) -> Image.Image:
         raise BadPicture("undecodable", f"{type(error).__name__}: {error}") from error
 
 
-def fit(image: Image.Image, resolution: int, crop: str = "center") -> np.ndarray:
-    """Shorter side to `resolution` (bicubic, antialiased), then the central square.
+class _Quiet:
+    """Hides Pillow's warnings of big pictures and odd EXIF, whatever the process does with
+    warnings: the same bytes must get the same verdict.
 
-    Returns:
-        (resolution, resolution, 3) uint8.
-
-    Raises:
-        BadPicture: "too-small", where the picture would have to be enlarged.
+    `catch_warnings` alone swaps global state and comes apart where threads overlap: here the first
+    one in swaps it and the last one out swaps it back.
     """
-    if crop != "center":
-        raise ValueError(f"crop={crop!r}: only 'center' is built")
-    width, height = image.size
-    shorter = min(width, height)
-    if shorter < resolution:
-        raise BadPicture("too-small", f"{width}x{height}, needs {resolution} on the shorter side")
-    if shorter > resolution:
-        scale = resolution / shorter
-        size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
-    # A copy: torch warns of Pillow's read-only buffers.
-    return np.array(image.crop((left, top, left + resolution, top + resolution)))
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._caught = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._caught.__exit__(None, None, None)
+
+
+_QUIET = _Quiet()

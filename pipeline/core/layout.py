@@ -4,6 +4,7 @@
     <root>/<source>/captions/<captioner>/                   parquets
     <root>/<source>/latents/<vae>/<resolution>[.<kind>]/          MDS column group
     <root>/<source>/text/<encoder>/<captions>.<mode>[.int8]/      MDS column group
+    <root>/<source>/official/<name>/                        the official code's single MDS
 
 Every group holds index.json (MDS groups), manifest.json, data files, commits/, rejects/.
 """
@@ -14,6 +15,7 @@ import re
 
 ROOT_VARIABLE = "MICRODIT_ROOT"  # default of every --root and of the trainer's data.root
 DEFAULT_ROOT = "data"
+KINDS = ("images", "captions", "latents", "text", "official")  # of groups; folders of a source
 
 
 def images_group(source: str) -> str:
@@ -36,6 +38,10 @@ def text_group(source: str, encoder: str, captions: str, mode: str, dtype: str =
     """`captions`: a captioner's name ("alt" = the source's own) or a mix, "alt:0.9,colour:0.1"."""
     suffix = "" if dtype == "float16" else f".{dtype}"
     return f"{source}/text/{slug(encoder)}/{slug(captions)}.{mode}{suffix}"
+
+
+def official_group(source: str, name: str) -> str:
+    return f"{source}/official/{slug(name)}"
 
 
 def slug(name: str) -> str:

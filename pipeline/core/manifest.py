@@ -51,6 +51,7 @@ class LatentsManifest(Strict):
     crop: str  # "center", or "random": drawn by (seed, key)
     latents: str  # raw, before shift and scale: the posterior's "mean", a "sample" of it drawn by
     # (seed, key), or its "moments": mean and log variance, (2 channels, side, side)
+    small: str = "reject"  # or "upscale": what became of pictures below the resolution
     dtype: str  # of the stored array (channels, side, side)
     samples: int = 0
     splits: dict[str, int] = {}
@@ -70,7 +71,25 @@ class TextManifest(Strict):
     shards: int = 0
 
 
-Manifest = LatentsManifest | TextManifest
+class OfficialManifest(Strict):
+    """Of an export in the official code's layout; `pipeline.core.official` has its columns."""
+
+    schema_version: int = SCHEMA
+    kind: str = "official"
+    source: str
+    vae: VaeFacts  # latents are shifted and scaled with these already
+    text_encoder: TextFacts  # all rows of its length
+    resolutions: list[int]  # sides of the encoded pictures, pixels: columns latents_<side>
+    crop: str
+    latents: str  # the posterior's "mean" or a "sample" of it
+    captions: str
+    dtype: str = "float16"
+    samples: int = 0
+    splits: dict[str, int] = {}
+    shards: int = 0
+
+
+Manifest = LatentsManifest | TextManifest | OfficialManifest
 
 
 def write_manifest(store: Store, group: str, manifest: Manifest) -> None:
@@ -91,9 +110,13 @@ def read_manifest(store: Store, group: str) -> Manifest:
             f"{where}: schema {record['schema_version']}, this version reads up to {SCHEMA}; "
             "upgrade the package"
         )
-    kinds: dict[str, type[Manifest]] = {"latents": LatentsManifest, "text": TextManifest}
+    kinds: dict[str, type[Manifest]] = {
+        "latents": LatentsManifest,
+        "text": TextManifest,
+        "official": OfficialManifest,
+    }
     if record.get("kind") not in kinds:
-        raise SettingError(f"{where}: kind {record.get('kind')!r} is neither latents nor text")
+        raise SettingError(f"{where}: kind {record.get('kind')!r} is none of {', '.join(kinds)}")
     return kinds[record["kind"]].model_validate(record)
 
 

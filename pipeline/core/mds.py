@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -117,8 +117,13 @@ def _facts(data: bytes, basename: str, hashes: Iterable[str]) -> dict[str, Any]:
     return {"basename": basename, "bytes": len(data), "hashes": found}
 
 
-def decode_shard(data: bytes) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
+def decode_shard(
+    data: bytes, only: Collection[str] | None = None
+) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
     """A shard's header and its samples, one at a time; arrays are views of the shard's bytes.
+
+    Args:
+        only: names of the columns to decode, where others may be in encodings that are not ours.
 
     Raises:
         ValueError: these are no bytes of an MDS shard; from the iterator where a sample is broken.
@@ -136,10 +141,12 @@ def decode_shard(data: bytes) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]
     lists = [config.get(f"column_{part}") for part in ("names", "encodings", "sizes")]
     if config.get("format") != "mds" or config.get("version") != 2 or None in lists:
         raise ValueError("its header is not that of an MDS shard of version 2")
-    if [fixed_size(encoding) for encoding in lists[1]] != lists[2]:
+    wanted = [only is None or name in only for name in lists[0]]
+    if any(w and fixed_size(e) != s for w, e, s in zip(wanted, *lists[1:], strict=True)):
         raise ValueError("its header's column sizes do not fit their encodings")
     view = memoryview(data)
-    return config, (_decode_sample(config, view[a:b]) for a, b in itertools.pairwise(offsets))
+    pairs = itertools.pairwise(offsets)
+    return config, (_decode_sample(config, wanted, view[a:b]) for a, b in pairs)
 
 
 def index(entries: list[bytes], inputs: list[bytes]) -> bytes:
@@ -200,7 +207,7 @@ def _encode_value(encoding: str, value: Any) -> bytes:
     return bytes([value.ndim << 2 | width]) + axes + np.ascontiguousarray(value).tobytes()
 
 
-def _decode_sample(config: dict[str, Any], body: memoryview) -> dict[str, Any]:
+def _decode_sample(config: dict[str, Any], wanted: list[bool], body: memoryview) -> dict[str, Any]:
     sizes, start = [], 0
     for size in config["column_sizes"]:
         if size is None:
@@ -210,10 +217,11 @@ def _decode_sample(config: dict[str, Any], body: memoryview) -> dict[str, Any]:
     if start + sum(sizes) != len(body):
         raise ValueError(f"a sample of {len(body)} bytes whose values take {start + sum(sizes)}")
     sample = {}
-    for name, encoding, size in zip(
-        config["column_names"], config["column_encodings"], sizes, strict=True
+    for name, encoding, size, take in zip(
+        config["column_names"], config["column_encodings"], sizes, wanted, strict=True
     ):
-        sample[name] = _decode_value(encoding, body[start : start + size])
+        if take:
+            sample[name] = _decode_value(encoding, body[start : start + size])
         start += size
     return sample
 

@@ -1,7 +1,8 @@
 """Images and text to tensors and back: two tables of encoders, and what is known of each for free.
 
 The facts here need no weights and no network, so a YAML that names `vae: sdxl` can be checked on a
-laptop. Encoders that ship with the package state theirs in their own config files.
+laptop. Encoders that ship with the package state theirs in their own config files, and so do a
+folder and a hub repo in the local cache.
 """
 
 from __future__ import annotations
@@ -9,11 +10,25 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.core.errors import SettingError, nearest
 from pipeline.core.manifest import TextFacts, VaeFacts
-from pipeline.encoders.hub import folder_of, require_files, weights_hash
+from pipeline.encoders.families import TextConfig, require_text_files, text_config
+from pipeline.encoders.hub import (
+    check_hash,
+    folder_of,
+    is_hub_id,
+    require_files,
+    split_revision,
+    weights_hash,
+)
+
+if TYPE_CHECKING:
+    from pipeline.encoders.autoencoder import ImageEncoder
+    from pipeline.encoders.text import TextEncoder
+
+Facts = TypeVar("Facts", VaeFacts, TextFacts)
 
 _WEIGHTS = Path(str(files("pipeline.encoders") / "weights"))
 
@@ -25,7 +40,7 @@ VAES: dict[str, tuple[str, str]] = {
     "tiny16": (str(_WEIGHTS / "tiny16"), ""),
 }
 
-#: Name -> open_clip model: "hf-hub:ID" or "local-dir:FOLDER".
+#: Name -> "hf-hub:ID" or "local-dir:FOLDER".
 TEXT_ENCODERS: dict[str, str] = {
     "dfn5b-h14": "hf-hub:apple/DFN5B-CLIP-ViT-H-14-378",
     "tiny-clip": f"local-dir:{_WEIGHTS / 'tiny-clip'}",
@@ -39,17 +54,27 @@ _KNOWN_VAES: dict[str, dict[str, Any]] = {
 }
 _KNOWN_TEXT: dict[str, dict[str, Any]] = {"dfn5b-h14": {"width": 1024, "length": 77}}
 
+#: Name of either table -> what `weights_hash` says of its folder; other weights are refused.
+#: A test compares those that ship, so `make tiny-weights` changes these lines as well.
+WEIGHTS_SHA256: dict[str, str] = {
+    "tiny4": "5f3a5cfd864a713e85b895318eaf77460db09f3465f00f8538e87a9a791de4a2",
+    "tiny16": "09e500d5e11e1a6aff12fad4e2443d702ec1b48d9af49679147b25c3e3a4d6f6",
+    "tiny-clip": "c39a8621af44f820e0666b5b5c632b93555ea92470dbd1d55c9f99a9ee08c08c",
+    "tiny-clip-judge": "0fd23010eb6951d55cbf243062dcf80966c175eadd7ce2536d210f16106e85fd",
+}
+
 
 def vae_facts(name: str) -> VaeFacts:
     """What is known of a VAE without its weights.
 
     Raises:
-        SettingError: no such name in the table and no such folder.
+        SettingError: no such name in the table, no such folder, or not in the hub's local cache.
     """
-    if name in _KNOWN_VAES:
-        return VaeFacts(name=name, repo=VAES[name][0], **_KNOWN_VAES[name])
     repo, subfolder = locate_vae(name)
-    config = Path(repo, subfolder, "config.json")
+    if name in _KNOWN_VAES:
+        return VaeFacts(name=name, repo=repo, **_KNOWN_VAES[name])
+    folder, _ = folder_of(name, repo, subfolder)
+    config = folder / "config.json"
     if not config.is_file():
         raise SettingError(f"vae={name}: {config} is missing; a VAE folder holds config.json")
     return vae_facts_of(name, repo, json.loads(config.read_text()))
@@ -71,43 +96,45 @@ def text_facts(name: str) -> TextFacts:
     """What is known of a text encoder without its weights.
 
     Raises:
-        SettingError: no such name in the table and no such folder.
+        SettingError: no such name in the table, no such folder, not in the hub's local cache, or
+            a model that is not supported.
     """
     repo = locate_text(name)
     if name in _KNOWN_TEXT:
         return TextFacts(name=name, repo=repo, **_KNOWN_TEXT[name])
-    config = Path(repo.removeprefix("local-dir:"), "open_clip_config.json")
-    if not config.is_file():
-        raise SettingError(f"text_encoder={name}: {config} is missing")
-    return text_facts_of(name, repo, json.loads(config.read_text())["model_cfg"]["text_cfg"])
+    folder, _ = folder_of(name, repo.split(":", 1)[1])
+    return _text_facts_of(name, repo, text_config(f"text_encoder={name}", folder))
 
 
-def text_facts_of(name: str, repo: str, text_cfg: dict) -> TextFacts:
-    """Facts out of an open_clip text config."""
-    return TextFacts(
-        name=name,
-        repo=public_repo(repo),
-        width=text_cfg["width"],
-        length=text_cfg.get("context_length", 77),
-    )
+def _text_facts_of(name: str, repo: str, config: TextConfig) -> TextFacts:
+    repo = public_repo(repo)
+    return TextFacts(name=name, repo=repo, width=config.width, length=config.length)
 
 
 def locate_vae(name: str) -> tuple[str, str]:
-    """(repo or folder, subfolder) of a table name, a folder, or a hub id "owner/name"."""
+    """(repo or folder, subfolder) of a table name, a folder, or a hub id "owner/name[@revision]".
+
+    Raises:
+        SettingError: it is none of these.
+    """
     if name in VAES:
         return VAES[name]
-    if Path(name).is_dir() or name.count("/") == 1:
+    if Path(name).is_dir() or is_hub_id(name):
         return name, ""
     raise SettingError(f"vae={name}: unknown{nearest(name, VAES)}; known: {', '.join(VAES)}")
 
 
 def locate_text(name: str) -> str:
-    """open_clip's name of a table name, a folder, or a hub id "owner/name"."""
+    """ "hf-hub:ID" or "local-dir:FOLDER" of a table name, a folder, or "owner/name[@revision]".
+
+    Raises:
+        SettingError: it is none of these.
+    """
     if name in TEXT_ENCODERS:
         return TEXT_ENCODERS[name]
     if Path(name).is_dir():
         return f"local-dir:{name}"
-    if name.count("/") == 1:
+    if is_hub_id(name):
         return f"hf-hub:{name}"
     raise SettingError(
         f"text_encoder={name}: unknown{nearest(name, TEXT_ENCODERS)}; "
@@ -116,7 +143,10 @@ def locate_text(name: str) -> str:
 
 
 def public_repo(repo: str) -> str:
-    """The repo as a manifest may show it: where the package is installed is nobody's business."""
+    """The repo as a manifest may show it: where the package is installed is nobody's business, and
+    a hub repo's revision has a field of its own."""
+    if not repo.startswith("local-dir:"):
+        repo, _ = split_revision(repo)
     return repo.replace(str(_WEIGHTS), "package:weights")
 
 
@@ -124,40 +154,49 @@ def find_vae(name: str) -> tuple[VaeFacts, Path]:
     """Facts with the weights' hash, and the folder that holds them; loads no torch.
 
     Raises:
-        SettingError: unknown name, weights not in the cache, or a folder that misses a file.
+        SettingError: unknown name, weights not in the cache, a folder that misses a file, or
+            weights that are not those of the table.
     """
     repo, subfolder = locate_vae(name)
     folder, revision = folder_of(name, repo, subfolder)
     require_files(f"vae={name}", folder, "config.json", "diffusion_pytorch_model.safetensors")
     facts = vae_facts_of(name, repo, json.loads((folder / "config.json").read_text()))
-    found = {"revision": revision, "weights_sha256": weights_hash(folder)}
-    return facts.model_copy(update=found), folder
+    return _with_weights(f"vae={name}", facts, folder, revision), folder
 
 
 def find_text(name: str) -> tuple[TextFacts, Path]:
     """Facts with the weights' hash, and the folder that holds them; loads no torch.
 
     Raises:
-        SettingError: unknown name, weights not in the cache, or a folder that misses a file.
+        SettingError: unknown name, weights not in the cache, a folder that misses a file or is of
+            a model that is not supported, or weights that are not those of the table.
     """
+    setting = f"text_encoder={name}"
     repo = locate_text(name)
     folder, revision = folder_of(name, repo.split(":", 1)[1])
-    require_files(f"text_encoder={name}", folder, "open_clip_config.json")
-    config = json.loads((folder / "open_clip_config.json").read_text())
-    facts = text_facts_of(name, repo, config["model_cfg"]["text_cfg"])
-    found = {"revision": revision, "weights_sha256": weights_hash(folder)}
-    return facts.model_copy(update=found), folder
+    config = text_config(setting, folder)
+    require_text_files(setting, folder, config.family)
+    facts = _text_facts_of(name, repo, config)
+    return _with_weights(setting, facts, folder, revision), folder
 
 
-def load_vae(name: str):
+def _with_weights(setting: str, facts: Facts, folder: Path, revision: str) -> Facts:
+    found = weights_hash(folder)
+    check_hash(setting, folder, WEIGHTS_SHA256.get(facts.name), found)
+    return facts.model_copy(update={"revision": revision, "weights_sha256": found})
+
+
+def load_vae(name: str, device: str = "cpu", dtype: str = "float32") -> ImageEncoder:
     """`autoencoder.load_vae`, imported on use: the tables above must stay free of torch."""
     from pipeline.encoders.autoencoder import load_vae
 
-    return load_vae(name)
+    return load_vae(name, device, dtype)
 
 
-def load_text(name: str):
-    """`clip.load_text`, imported on use: the tables above must stay free of torch."""
-    from pipeline.encoders.clip import load_text
+def load_text(
+    name: str, device: str = "cpu", dtype: str = "float32", images: bool = False
+) -> TextEncoder:
+    """`text.load_text`, imported on use: the tables above must stay free of torch."""
+    from pipeline.encoders.text import load_text
 
-    return load_text(name)
+    return load_text(name, device, dtype, images)

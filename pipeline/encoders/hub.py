@@ -12,24 +12,43 @@ from pipeline.core.errors import SettingError
 _PATTERNS = ["*.json", "*.txt", "*.model", "*.safetensors", "open_clip_pytorch_model.bin"]
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether it looks like "owner/name" or "owner/name@revision"."""
+    return name.partition("@")[0].count("/") == 1
+
+
+def split_revision(repo: str) -> tuple[str, str | None]:
+    """ "owner/name@revision" -> its two parts; a folder may have an @ in its name."""
+    if Path(repo).is_dir() or "@" not in repo:
+        return repo, None
+    repo, _, revision = repo.partition("@")
+    return repo, revision
+
+
 def folder_of(name: str, repo: str, subfolder: str = "") -> tuple[Path, str]:
     """The folder that holds the files of `repo`, and the revision ("" for a plain folder).
 
+    Args:
+        repo: a folder, a hub id, or a hub id with a branch, tag or commit: "owner/name@revision".
+
     Raises:
-        SettingError: the hub repo is not in the local cache.
+        SettingError: the hub repo is not in the local cache, or cannot be the name of one.
     """
     if Path(repo).is_dir():
         return Path(repo, subfolder), ""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    own, revision = split_revision(repo)
     try:
-        folder = snapshot_download(repo, local_files_only=True)
+        folder = snapshot_download(own, revision=revision, local_files_only=True)
     except LocalEntryNotFoundError as error:
         raise SettingError(
             f"{name}: {repo} is not in the local hub cache; "
             f"run `pipeline fetch {name}` where there is a network"
         ) from error
+    except HFValidationError as error:
+        raise SettingError(f"{name}: {repo} is no folder and no hub id") from error
     return Path(folder, subfolder), Path(folder).name
 
 
@@ -37,8 +56,10 @@ def fetch(repo: str, subfolder: str = "") -> Path:
     """Downloads a hub repo (or one subfolder of it) into the local cache."""
     from huggingface_hub import snapshot_download
 
+    repo, revision = split_revision(repo)
     prefix = f"{subfolder}/" if subfolder else ""
-    return Path(snapshot_download(repo, allow_patterns=[prefix + p for p in _PATTERNS]))
+    patterns = [prefix + pattern for pattern in _PATTERNS]
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
 
 
 def weights_hash(folder: Path) -> str:
@@ -51,6 +72,15 @@ def weights_hash(folder: Path) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest() if files else ""
+
+
+def check_hash(setting: str, folder: Path, expected: str | None, found: str) -> None:
+    """Raises SettingError where the weights are not those that a table has pinned."""
+    if expected and found != expected:
+        raise SettingError(
+            f"{setting}: the weights in {folder} have sha256 {found}, the table of encoders says "
+            f"{expected}"
+        )
 
 
 def require_files(setting: str, folder: Path, *names: str) -> None:

@@ -29,21 +29,32 @@ class Job:
     samples: int = 0  # how many there are to be, where that is known
 
 
-class Worker(Protocol):
-    """Makes one shard at a time; loads weights on first use."""
+@dataclass(frozen=True)
+class Needs:
+    """What each worker of a stage holds."""
 
-    #: What happened so far, for the run report: e.g. how often which weights were loaded.
-    counters: Counter[str]
+    cpus: float = 1.0
+    gpus: float = 0.0
+    in_hand: int = 1  # shards at once: one is encoded while another is read or written
+
+
+class Worker(Protocol):
+    """Makes shards, in as many threads as the stage needs; loads weights on first use."""
 
     def __call__(self, job: Job) -> dict[str, Commit]:
         """Makes and commits every group of the job."""
+        ...
+
+    def take_counters(self) -> Counter[str]:
+        """What happened since it was last asked, for the run report: e.g. which weights were
+        loaded how often. Names that begin with stopwatch.PREFIX say where the time went."""
         ...
 
 
 class Stage(Protocol):
     name: str
     source: str
-    gpus: float  # that each worker holds
+    needs: Needs
 
     def groups(self) -> list[str]:
         """Every group that the stage writes."""

@@ -17,7 +17,7 @@ from pipeline.core.images import BadPicture, decode
 from pipeline.core.samples import InputShard, Reject
 from pipeline.core.store import Store
 from pipeline.core.tables import to_parquet
-from pipeline.stages import Job
+from pipeline.stages import Job, Needs
 from pipeline.stages.images import images_commit, read_images
 
 VERSION = 2  # bump when the bytes this stage writes change
@@ -26,7 +26,7 @@ BYTES_A_CAPTION = 400  # in the parquet, at most, of a long one
 
 class CaptionStage:
     name = "caption"
-    gpus = 0.0
+    needs = Needs()
 
     def __init__(
         self, source: str, captioner: str, max_reject_rate: float = MAX_REJECT_RATE
@@ -73,6 +73,10 @@ class _Worker:
         self.store = store
         self.captioner = captioning.load(stage.captioner)
         self.counters = Counter({f"loaded captioner {stage.captioner}": 1})
+
+    def take_counters(self) -> Counter[str]:
+        taken, self.counters = self.counters, Counter()
+        return taken
 
     def __call__(self, job: Job) -> dict[str, Commit]:
         return {group: self._make(job, group) for group in job.groups}

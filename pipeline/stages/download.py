@@ -14,7 +14,7 @@ from pipeline.core.commits import MAX_REJECT_RATE, Commit, read_commit
 from pipeline.core.images import BadPicture, decode
 from pipeline.core.samples import ImageSample, InputShard, Reject
 from pipeline.core.store import Store, canonical_json
-from pipeline.stages import Job
+from pipeline.stages import Job, Needs
 from pipeline.stages.images import stored_samples, write_images
 
 VERSION = 2  # bump when the bytes this stage writes change
@@ -42,7 +42,7 @@ class Source(Protocol):
 
 class Download:
     name = "download"
-    gpus = 0.0
+    needs = Needs()
 
     def __init__(
         self, source: str, settings: Source, max_reject_rate: float = MAX_REJECT_RATE
@@ -84,6 +84,10 @@ class _Worker:
         self.stage = stage
         self.store = store
         self.counters: Counter[str] = Counter()
+
+    def take_counters(self) -> Counter[str]:
+        taken, self.counters = self.counters, Counter()
+        return taken
 
     def __call__(self, job: Job) -> dict[str, Commit]:
         return {group: self._make(job, group) for group in job.groups}

@@ -120,9 +120,15 @@ def images_commit(store: Store, group: str, shard: str, content: str) -> Commit:
 def read_images(store: Store, group: str, commit: Commit) -> Iterator[StoredImage]:
     """The pictures of a committed shard, in the tar's order; captions from the tar."""
     for key, fields in read_samples(read_file(store, group, commit, ".tar")):
-        data = next((fields[e] for e in IMAGE_EXTENSIONS if e in fields), None)
-        if data is not None:
-            yield StoredImage(key, data, fields.get("txt", b"").decode())
+        image = stored_image(key, fields)
+        if image is not None:
+            yield image
+
+
+def stored_image(key: str, fields: dict[str, bytes]) -> StoredImage | None:
+    """A tar's members of one key as a picture; None where there is none among them."""
+    data = next((fields[e] for e in IMAGE_EXTENSIONS if e in fields), None)
+    return None if data is None else StoredImage(key, data, fields.get("txt", b"").decode())
 
 
 def read_alt_captions(store: Store, group: str, commit: Commit) -> dict[str, str]:

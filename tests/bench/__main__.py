@@ -11,7 +11,10 @@ from tests.bench.rows import show
 #: Name -> function that yields rows.
 BENCHMARKS = {
     "control": "tests.bench.control:rows",
+    "decode": "tests.bench.decode:rows",
+    "encode": "tests.bench.encode:rows",
     "overhead": "tests.bench.overhead:rows",
+    "size": "tests.bench.size:rows",
 }
 
 

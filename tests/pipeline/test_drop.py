@@ -243,7 +243,7 @@ def streamed(store: Store, folder: Path) -> list[str]:
 
     raw = settings(Path(store.root), SHIPPED, folder / "run")
     raw["data"] |= {"sources": ["openmoji"]}
-    raw["defaults"]["batch_size"] = 2
+    raw["defaults"]["batch_size"] = 1
     return sorted(sample["key"] for sample in make_dataset(check(resolve(raw)), "masked"))
 
 
@@ -253,7 +253,7 @@ def scored(store: Store) -> int:
 
     passport = SimpleNamespace(
         config={"data": {"root": store.root, "sources": ["openmoji"], "split": "train"}},
-        vae=SimpleNamespace(name="tiny4"),
+        vae=SimpleNamespace(name="tiny4", channels=4),
         resolution=64,
     )
     return len(read_examples(passport)["train"])

@@ -18,6 +18,7 @@ from pipeline.plan import Choice, plan, preflight
 from pipeline.pool import ATTEMPTS, Options
 from pipeline.report import Report, last
 from pipeline.runner import run
+from pipeline.stages import Needs
 from tests.pipeline.cluster import RayCluster
 from tests.pipeline.tiny_stage import GROUP, TinyStage
 
@@ -65,12 +66,19 @@ def test_what_was_made_meanwhile_is_not_made_again(tmp_path):
     assert (forced.shards, forced.elsewhere) == (6, 0)
 
 
+def test_a_worker_with_two_shards_in_hand_makes_the_same(tmp_path):
+    stage = TinyStage(9, needs=Needs(in_hand=2), bad={3: "once", 5: "raise"})
+    report = run(stage, str(tmp_path), Options(workers=2))
+    assert (report.shards, list(report.failures)) == (8, ["00005"])
+    assert len(read_commits(Store(tmp_path), GROUP)) == 8
+
+
 def test_workers_hold_gpus_only_where_the_stage_asks(tmp_path):
     with pytest.raises(SettingError, match="device=cuda: this machine offers Ray no GPU"):
-        run(TinyStage(3, gpus=1.0), str(tmp_path / "none"), Options())
+        run(TinyStage(3, needs=Needs(gpus=1)), str(tmp_path / "none"), Options())
     with RayCluster(nodes=1, cpus=4, gpus=2) as cluster:
         options = Options(address=cluster.address)
-        report = run(TinyStage(40, gpus=1.0), str(tmp_path / "gpu"), options)
+        report = run(TinyStage(40, needs=Needs(gpus=1)), str(tmp_path / "gpu"), options)
         # As many workers as GPUs, not as CPUs, and each sees one.
         assert set(report.counters) <= {f"opened with devices {n}" for n in (0, 1)}
         assert 1 <= report.counters.total() <= 2

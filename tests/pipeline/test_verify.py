@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -396,6 +397,25 @@ def test_compressed_and_hashed_shards(tmp_path, sound):
         store.write_json(commit, record)
     texts = [str(problem) for problem in found(store)]
     assert sum("its index entry does not describe its MDS shard" in text for text in texts) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda row: row["scales"].__setitem__((0, 1), np.nan), "scales that are negative or no"),
+        (lambda row: row["scales"].__setitem__((0, 1), -1), "scales that are negative or no"),
+        (
+            lambda row: row.update(scales=row["scales"][:, :1]),
+            r"float16 scales \(\d+, 1\); its tokens need float16 \(\d+, 2\)",
+        ),
+        (lambda row: row.update(tokens=np.zeros((3, 64), np.int8)), r"int8 tokens \(3, 64\)"),
+    ],
+)
+def test_int8_text(store, change, what):
+    run_here(Encode("openmoji", replace(STAGES[2].settings, text_dtype="int8")), store)
+    assert found(store) == []
+    mds(store, f"{TEXT}.int8", lambda rows: change(rows[0]))
+    assert any(re.search(what, str(problem)) for problem in found(store))
 
 
 def test_processes_find_the_same(store):

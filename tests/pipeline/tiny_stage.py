@@ -12,7 +12,7 @@ from pipeline.core.catalog import Catalog
 from pipeline.core.commits import Commit, write_shard
 from pipeline.core.samples import InputShard, Reject
 from pipeline.core.store import Store
-from pipeline.stages import Job
+from pipeline.stages import Job, Needs
 
 GROUP = "toy/tiny"
 
@@ -29,7 +29,7 @@ class TinyStage:
     count: int
     samples: int = 1
     bad: dict[int, str] = field(default_factory=dict)
-    gpus: float = 0.0
+    needs: Needs = Needs()  # noqa: RUF009 - frozen
     name: str = "tiny"
     source: str = "toy"
 
@@ -56,6 +56,10 @@ class _TinyWorker:
         self.stage, self.store = stage, store
         devices = os.environ.get("CUDA_VISIBLE_DEVICES", "none")
         self.counters = Counter({f"opened with devices {devices}": 1})
+
+    def take_counters(self) -> Counter[str]:
+        taken, self.counters = self.counters, Counter()
+        return taken
 
     def __call__(self, job: Job) -> dict[str, Commit]:
         keys = [f"{job.shard.id}{i:04d}" for i in range(self.stage.samples)]
