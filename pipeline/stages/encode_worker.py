@@ -12,6 +12,7 @@ from pipeline.core.commits import Commit, read_file, write_shard
 from pipeline.core.mds import encode_shard, stored
 from pipeline.core.samples import Reject
 from pipeline.core.store import Store, fingerprint
+from pipeline.core.tables import key_rows
 from pipeline.core.tars import read_samples
 from pipeline.stages import Job
 from pipeline.stages.captions import chosen_captions
@@ -146,7 +147,7 @@ class EncodeWorker:
                 hashes, compression = self.settings.hashes, self.settings.compression
                 data, entry = encode_shard(kinds, samples, f"{stem}.mds", hashes, compression)
                 files[stored(entry)["basename"]] = data
-            files[f"{stem}.parquet"] = _keys_table(rows)
+            files[f"{stem}.parquet"] = key_rows(rows, rows.values())
             return write_shard(
                 self.store,
                 group,
@@ -159,12 +160,3 @@ class EncodeWorker:
                 dict(counters),
                 self.stage.max_reject_rate,
             )
-
-
-def _keys_table(rows: dict[str, int]) -> bytes:
-    import pyarrow as pa
-
-    from pipeline.core.tables import to_parquet
-
-    keys = pa.array(list(rows), pa.string())
-    return to_parquet(pa.table({"key": keys, "row": pa.array(list(rows.values()), pa.int32())}))
