@@ -14,7 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from pipeline.core import layout
@@ -29,6 +38,23 @@ Count = Annotated[int, Field(ge=1)]
 Pair = Annotated[tuple[Positive, Positive], Field(strict=False)]  # YAML has lists, no tuples
 
 
+def _unique(names: list[str]) -> list[str]:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is named twice; give sources weights, {{{twice}: 2, …}}")
+    return names
+
+
+# Names, drawn from in proportion to their sizes, or name -> weight: the source's share of an epoch,
+# relative to the others'. An epoch has as many samples as its sources have together: a source whose
+# weight is above its size comes several times in it, of one below it a new random part each epoch.
+Sources = Annotated[
+    Annotated[list[str], Field(min_length=1), AfterValidator(_unique), Tag("[names]")]
+    | Annotated[dict[str, Positive], Field(min_length=1), Tag("[weights]")],
+    Discriminator(lambda value: "[weights]" if isinstance(value, dict) else "[names]"),
+]
+
+
 class Section(BaseModel):
     """Strict: "1e-3" in quotes is no number and an unknown key is an error."""
 
@@ -41,12 +67,14 @@ class Data(Section):
     root: str = Field(
         default_factory=lambda: os.environ.get(layout.ROOT_VARIABLE) or layout.DEFAULT_ROOT
     )
-    sources: Annotated[list[str], Field(min_length=1)]
+    sources: Sources
     vae: str
-    latents: Literal["mean", "sample"] = "mean"  # of the posterior, as encoded
+    latents: Literal["mean", "sample", "moments"] = "mean"  # moments: a new sample every epoch
+    crop: Literal["center", "random"] = "center"  # latents and crop: as encoded
     text_encoder: str
     captions: str = "alt"  # a captioner or a mix, as given to `pipeline run encode`
     text: Literal["full", "trimmed"] = "full"
+    text_dtype: Literal["float16", "int8"] = "float16"  # of the stored token vectors
     split: str = "train"
     caption_drop: Share = 0.1  # how often a caption is dropped, for classifier-free guidance
     workers: Annotated[int, Field(ge=0)] = 2  # loader processes a rank; 0 reads in the trainer
@@ -104,7 +132,7 @@ class Stage(Section):
     resolution: Count  # side of the pictures, pixels
     batch_size: Count  # over all ranks
     lr: Positive
-    sources: Annotated[list[str], Field(min_length=1)] | None = None  # default: data.sources
+    sources: Sources | None = None  # default: data.sources
     microbatch: Count | None = None  # samples a rank computes at once; default: all of its share
     mask: str = "none"  # a scheme of training.masking
     mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of patches the backbone drops
@@ -174,7 +202,8 @@ class Config(Section):
         """The resolution at which position coordinates are patch indices, unscaled."""
         return self.model.base_resolution or next(iter(self.stages.values())).resolution
 
-    def sources_of(self, stage: Stage) -> list[str]:
+    def sources_of(self, stage: Stage) -> list[str] | dict[str, float]:
+        """The names of a stage's sources, or their weights by name."""
         return stage.sources or self.data.sources
 
 
@@ -269,7 +298,8 @@ def _lines(errors: Sequence[ErrorDetails], prefix: list[str]) -> str:
 
 def _line(error: ErrorDetails, prefix: list[str]) -> str:
     """One pydantic error as "key=value: what to do"."""
-    path = prefix + [str(part) for part in error["loc"] if part != "[key]"]
+    # "[key]", and the tags of alternatives, are no part of the key that the user wrote.
+    path = prefix + [str(part) for part in error["loc"] if not str(part).startswith("[")]
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key{_suggest(path)}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import yaml
 
 from pipeline.core.errors import SettingError
+from pipeline.core.tokens import row_bytes
 from training.config import Stage
 from training.dit import MODELS, DiTConfig
 from training.flops import flops_per_image, num_parameters
@@ -45,14 +47,13 @@ def report(plan: Plan) -> str:
     ]
     total = 0.0
     for name, stage in config.stages.items():
-        sources = plan.data.get(name, [])
-        rows = round(_rows(plan, sources))
+        rows = round(_rows(plan, name))
         forward = flops_per_image(networks[name], stage.mask_ratio, rows)
         flops = STEP_PASSES * forward * stage.steps * stage.batch_size
         total += flops
         lines.append(
             f"{name:<14}{stage.steps:>9,}{stage.steps * stage.batch_size:>13,}"
-            f"{forward / 1e9:>13.4g}{_bytes(plan, stage, sources):>14,.0f}"
+            f"{forward / 1e9:>13.4g}{_bytes(plan, name):>14,.0f}"
             f"{flops:>11.3g}{_hours(plan, flops):>12,.3g}"
         )
     hours, estimate = _hours(plan, total), config.estimate
@@ -66,22 +67,30 @@ def report(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _rows(plan: Plan, sources: list[Source]) -> float:
+def _rows(plan: Plan, name: str) -> float:
     """Caption rows the network reads: stored mean where text is trimmed and known, else all."""
-    captions = sum(s.captions for s in sources)
-    if plan.config.data.text == "full" or not captions:
+    if plan.config.data.text == "full" or name not in plan.data:
         return plan.text.length
-    return sum(s.text_bytes for s in sources) / captions / (FLOAT16 * plan.text.width)
+    return _mean(plan, name, lambda s: s.text_bytes / s.captions) / _row_bytes(plan)
 
 
-def _bytes(plan: Plan, stage: Stage, sources: list[Source]) -> float:
+def _bytes(plan: Plan, name: str) -> float:
     """Bytes that one sample takes to read: its latent and its caption's rows."""
-    if not sources:
-        side = plan.latent_side(stage)
+    if name not in plan.data:
+        side = plan.latent_side(plan.config.stages[name])
         latent = FLOAT16 * plan.vae.channels * side * side
-        return latent + FLOAT16 * plan.text.length * plan.text.width
-    latents = sum(s.latent_bytes for s in sources) / sum(s.samples for s in sources)
-    return latents + sum(s.text_bytes for s in sources) / sum(s.captions for s in sources)
+        return latent + plan.text.length * _row_bytes(plan)
+    return _mean(plan, name, lambda s: s.latent_bytes / s.samples + s.text_bytes / s.captions)
+
+
+def _row_bytes(plan: Plan) -> int:
+    return row_bytes(plan.text.width, plan.config.data.text_dtype)
+
+
+def _mean(plan: Plan, name: str, figure: Callable[[Source], float]) -> float:
+    """Mean of a figure over the samples of an epoch."""
+    pairs = zip(plan.shares(name), plan.data[name], strict=True)
+    return sum(share * figure(source) for share, source in pairs)
 
 
 def _hours(plan: Plan, flops: float) -> float:

@@ -6,129 +6,50 @@ resumable in the middle of an epoch through its loader's state.
 
 from __future__ import annotations
 
-import bisect
 import functools
-import json
-import mmap
+import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from streaming import Stream, StreamingDataLoader, StreamingDataset
-from streaming.base.format.mds import MDSReader
+from streaming import StreamingDataLoader, StreamingDataset
 
 from pipeline.core import drops
-from pipeline.core.latents import to_model
+from pipeline.core.latents import posterior_sample, to_model
 from pipeline.core.manifest import VaeFacts
 from pipeline.core.store import Store
-from training.preflight import Plan, Source, world_size
-from training.randomness import Rows, keyed_seed
-from training.takedown import dropped_rows
+from training.buffers import Pool
+from training.leftovers import named_after, of_first_rank
+from training.preflight import Plan, world_size
+from training.randomness import Rows, keyed_seed, sample_uniform
+from training.shards import SplitStream
 from training.text import TextGroup
 
-T = TypeVar("T")
-
-OPEN_SHARDS = 1024  # in each loader process; the kernel allows 65,530 maps
+PREFETCH = 4  # batches that each loader process makes ahead
 
 
 class Sample(TypedDict):
-    """One picture as the network sees it."""
+    """One picture and its caption in one epoch; arrays may be views of the shards."""
 
     key: str
     caption: str
-    latent: np.ndarray  # float32 (C, h, w), shifted and scaled
+    latent: np.ndarray  # float16 or, drawn from moments, float32 (C, h, w), raw: as encoded
     tokens: np.ndarray  # float16 (L, W): real rows, or all rows of a full group
-
-
-class SplitStream(Stream):
-    """The shards of one split of a latents group; the index says which they are.
-
-    Args:
-        text: the captions of the same source.
-        dropped: input shard -> keys of samples that are not to be streamed.
-        command: what makes the group, for error messages.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        store: Store,
-        split: str,
-        cache: Path,
-        text: TextGroup,
-        dropped: dict[str, frozenset[str]],
-        command: str,
-    ) -> None:
-        url = store.url(source.latents_group)
-        if store.local and not source.packed:
-            super().__init__(local=url)
-        else:
-            super().__init__(remote=url, local=str(cache / source.latents_group))
-        self.wanted_split = split
-        self.text = text
-        self.dropped = dropped
-        self.command = command
-        self._store, self._group = store, source.latents_group
-        self.inputs: list[str] = []  # input shards, in the order of this stream's shards
-
-    def get_shards(self, world, allow_unsafe_types: bool):
-        """Readers of the wanted shards only: the others do not exist for the dataset."""
-        super().get_shards(world, allow_unsafe_types)  # fetches a remote index, checks the types
-        with open(os.path.join(self.local, "index.json"), encoding="utf-8") as file:
-            index = json.load(file)
-        pairs = zip(index["shards"], index["inputs"], strict=True)
-        wanted = [(shard, r) for shard, r in pairs if r["split"] == self.wanted_split]
-        records = [record for _, record in wanted]
-        gone = dropped_rows(self._store, self._group, records, self.dropped, self.command)
-        readers = []
-        self.inputs = []
-        for shard, record in wanted:
-            reader = MappedReader.from_json(self.local, "", shard)
-            reader.leave_out(gone.get(record["shard"], []))
-            if reader.samples:
-                readers.append(reader)
-                self.inputs.append(record["shard"])
-        return readers
-
-
-class MappedReader(MDSReader):
-    """Maps its file; the library opens it for every sample, which takes longer than reading."""
-
-    skips: Sequence[int] = ()
-
-    def leave_out(self, rows: list[int]) -> None:
-        """These rows, in ascending order, do not exist for the dataset."""
-        self.samples -= len(rows)
-        # How many kept rows come before each. Kept row number i is row i plus the dropped ones
-        # before it: those that have no more than i kept rows before them.
-        self.skips = [row - number for number, row in enumerate(rows)]
-
-    def get_sample_data(self, idx: int) -> bytes:
-        """A sample's bytes. Raises FileNotFoundError where the shard was not fetched yet."""
-        data = _mapped(os.path.join(self.dirname, self.raw_data.basename))
-        idx += bisect.bisect_right(self.skips, idx)
-        begin, end = np.frombuffer(data, np.uint32, 2, offset=(1 + idx) * 4)
-        return data[begin:end]
-
-
-@functools.lru_cache(OPEN_SHARDS)
-def _mapped(path: str) -> mmap.mmap:
-    # A shard's name holds its fingerprint: what was mapped once under a name stays right.
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    drop: float  # uniform: the caption is dropped where this is below the rate
 
 
 class LatentText(StreamingDataset):
-    """Streams `Sample`s of one or more sources, in proportion to their sizes.
+    """Streams `Sample`s of one or more sources, whole global batches of them in an epoch.
 
     Args:
         streams: one a source, each with a sample or more.
         vae: facts of the VAE that made all of them.
+        shapes: of a latent, (C, h, w), and of the longest caption, (L, W).
         batch_size: samples of this rank in a batch.
         seed: decides the order.
+        draws: (seed, stage), which with source, key and epoch decide a sample's random numbers.
         shuffle: False streams in the shards' order.
     """
 
@@ -136,19 +57,36 @@ class LatentText(StreamingDataset):
         self,
         streams: list[SplitStream],
         vae: VaeFacts,
+        shapes: tuple[tuple[int, ...], tuple[int, int]],
         batch_size: int,
         seed: int,
+        draws: tuple[int | str, ...],
         shuffle: bool = True,
     ) -> None:
         super().__init__(streams=streams, batch_size=batch_size, shuffle=shuffle, shuffle_seed=seed)
-        self._vae = vae
+        self.vae = vae
+        self.shapes = shapes
+        # The library repeats samples where ranks or nodes do not divide an epoch. Of one that ends
+        # with a whole global batch it repeats none. What is left out is another part every epoch,
+        # as the shuffle comes before the cut.
+        ranks = self._parallel_rank_world.num_ranks
+        self.epoch_size -= self.epoch_size % (batch_size * ranks)
+        self.length = self.epoch_size // ranks
+        self._draws = draws
+        self._epoch = 0
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Goes on in the middle of an epoch, which ends earlier where samples were dropped since.
 
         What is left of such an epoch is in another order, so a sample may come twice in it.
         """
-        super().load_state_dict({**obj, "sample_in_epoch": min(obj["sample_in_epoch"], self.size)})
+        seen = min(obj["sample_in_epoch"], self.epoch_size)
+        super().load_state_dict({**obj, "sample_in_epoch": seen})
+
+    def _resume_incr_epoch(self) -> tuple[int, int]:
+        """The epoch that begins or goes on in this process, which is told once, here."""
+        self._epoch, seen = super()._resume_incr_epoch()
+        return self._epoch, seen
 
     def get_item(self, sample_id: int, retry: int = 7) -> Sample:
         """One sample by its place in the dataset.
@@ -157,17 +95,18 @@ class LatentText(StreamingDataset):
             SettingError: the picture has no caption in its text group.
         """
         stored: dict[str, Any] = super().get_item(sample_id, retry)
-        shard, _ = self.spanner[sample_id]
-        number = self.stream_per_shard[shard]
-        stream = self.streams[number]
-        assert isinstance(stream, SplitStream)
-        name = stream.inputs[shard - self.shard_offset_per_stream[number]]
-        caption = stream.text.read(name, stored["key"])
+        key, latent, reader = stored["key"], stored["latent"], stored["reader"]
+        source = reader.stream.source
+        caption = reader.stream.text.read(reader.input, key)
+        draws = (*self._draws, source.name, key, self._epoch)
+        if source.latents.latents == "moments":
+            latent = posterior_sample(_float32(latent), "latent", *draws)
         return Sample(
-            key=stored["key"],
+            key=key,
             caption=caption.text,
-            latent=to_model(stored["latent"].astype(np.float32), self._vae).astype(np.float32),
+            latent=latent,
             tokens=caption.tokens,
+            drop=sample_uniform("drop", *draws),
         )
 
 
@@ -178,7 +117,8 @@ def make_dataset(plan: Plan, stage: str, shuffle: bool = True) -> LatentText:
     cache = Path(config.data.cache or config.run_folder() / "cache").absolute()
     # A list that is written just now must count on every rank or on none: all would deal the
     # samples differently.
-    dropped = _of_first_rank({s.name: drops.read(store, s.name) for s in plan.data[stage]})
+    dropped = of_first_rank({s.name: drops.read(store, s.name) for s in plan.data[stage]})
+    weights = config.sources_of(config.stages[stage])
     streams = [
         SplitStream(
             source,
@@ -188,60 +128,86 @@ def make_dataset(plan: Plan, stage: str, shuffle: bool = True) -> LatentText:
             TextGroup(store, source.text_group, cache, source.command(config)),
             dropped[source.name],
             source.command(config),
+            weights[source.name] if isinstance(weights, dict) else None,
         )
         for source in plan.data[stage]
     ]
+    side = plan.latent_side(config.stages[stage])
+    shapes = (plan.vae.channels, side, side), (plan.text.length, plan.text.width)
     batch_size = config.stages[stage].batch_size // world_size()
     seed = keyed_seed(config.seed, "order", stage) % (1 << 31)
-    return LatentText(streams, plan.vae, batch_size, seed, shuffle)
-
-
-def _of_first_rank(value: T) -> T:
-    """The first rank's value, on every rank."""
-    from torch import distributed
-
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return value
-    box = [value]
-    distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    with named_after(config.run_folder()):
+        return LatentText(
+            streams, plan.vae, shapes, batch_size, seed, (config.seed, stage), shuffle
+        )
 
 
 def make_loader(dataset: LatentText, workers: int, trimmed: bool) -> StreamingDataLoader:
     """Batches of `collate`, all full: what is left over at the end of an epoch is left out."""
+    latents, tokens = dataset.shapes
+    size = dataset.batch_size
+    assert size is not None
+    # Those that a process makes ahead, and one that the trainer is at.
+    buffers = functools.partial(Pool, workers, PREFETCH + 1)
     return StreamingDataLoader(
         dataset,
-        batch_size=dataset.batch_size,
-        collate_fn=functools.partial(collate, trimmed=trimmed),
+        batch_size=size,
+        collate_fn=functools.partial(
+            collate,
+            vae=dataset.vae,
+            trimmed=trimmed,
+            pools=(
+                buffers(size * math.prod(latents) * torch.float32.itemsize),
+                buffers(size * math.prod(tokens) * torch.float16.itemsize),
+            ),
+        ),
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         drop_last=True,
     )
 
 
-def collate(samples: list[Sample], trimmed: bool) -> dict[str, torch.Tensor]:
+def collate(
+    samples: list[Sample], vae: VaeFacts, trimmed: bool, pools: tuple[Pool, Pool]
+) -> dict[str, torch.Tensor]:
     """Samples -> the tensors of a batch.
 
+    Args:
+        pools: where latents and y are made.
+
     Returns:
-        latents float32 (B, C, h, w); y float16 (B, L, W), padded with zero rows to the longest
-        caption; y_mask bool (B, L), True for real rows, in a trimmed batch only; index int64 (B,),
-        the places in this rank's batch, which micro-batches need to find their random numbers.
+        latents float32 (B, C, h, w), shifted and scaled; y float16 (B, L, W), padded with zero rows
+        to the longest caption; y_mask bool (B, L), True for real rows, in a trimmed batch only;
+        drop float32 (B,), the samples' uniform numbers; index int64 (B,), the places in this rank's
+        batch, which micro-batches need to find the step's random numbers.
     """
     lengths = [len(sample["tokens"]) for sample in samples]
-    first = samples[0]["tokens"]
-    y = np.zeros((len(samples), max(lengths), first.shape[1]), first.dtype)
-    for row, sample, length in zip(y, samples, lengths, strict=True):
+    longest, width = max(lengths), samples[0]["tokens"].shape[1]
+    y, sent_y = pools[1].new((len(samples), longest, width), torch.float16)
+    for row, sample, length in zip(y.numpy(), samples, lengths, strict=True):
         row[:length] = sample["tokens"]
+        row[length:] = 0
+    raw = np.stack([sample["latent"] for sample in samples])
+    latents, sent_latents = pools[0].new(raw.shape, torch.float32)
+    # torch turns half into single precision with the processor's instruction, numpy without it.
+    latents.copy_(torch.from_numpy(raw))
+    latents.copy_(to_model(latents, vae))
     batch = {
-        "latents": torch.from_numpy(np.stack([sample["latent"] for sample in samples])),
-        "y": torch.from_numpy(y),
+        "latents": sent_latents,
+        "y": sent_y,
+        "drop": torch.tensor([sample["drop"] for sample in samples]),
         "index": torch.arange(len(samples)),
     }
     if trimmed:
-        batch["y_mask"] = torch.arange(y.shape[1]) < torch.tensor(lengths)[:, None]
+        batch["y_mask"] = torch.arange(longest) < torch.tensor(lengths)[:, None]
     return batch
+
+
+def _float32(values: np.ndarray) -> np.ndarray:
+    # The copy is for torch, which warns of arrays that may not be written to.
+    return torch.from_numpy(values.copy()).float().numpy()
 
 
 def global_rows() -> Rows:

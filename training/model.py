@@ -35,8 +35,8 @@ class Objective:
 class DiffusionModel(ComposerModel):
     """Training loss of a MicroDiT on a batch of `training.loader.collate`.
 
-    `step` has to be set before each batch: noise, noise levels, masks and dropped captions are a
-    function of it. Batches are only read, never written to.
+    `step` has to be set before each batch: noise, noise levels and masks are a function of it.
+    Whether a caption is dropped is a function of sample and epoch. Batches are never written to.
     """
 
     def __init__(self, dit: MicroDiT, objective: Objective) -> None:
@@ -52,7 +52,7 @@ class DiffusionModel(ComposerModel):
         objective, index = self.objective, batch["index"]
         draws = self._draw(batch["latents"].device)
         y, y_mask = drop_captions(
-            batch["y"], batch.get("y_mask"), draws.drop[index] < objective.caption_drop
+            batch["y"], batch.get("y_mask"), batch["drop"] < objective.caption_drop
         )
         return objective.edm.loss(
             self.dit,

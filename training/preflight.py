@@ -69,6 +69,12 @@ class Plan:
     text: TextFacts
     data: dict[str, list[Source]]  # stage -> its sources
 
+    def shares(self, name: str) -> list[float]:
+        """How much of an epoch of this stage each of its sources is; their sum is 1."""
+        sources, asked = self.data[name], self.config.sources_of(self.config.stages[name])
+        weights = [asked[s.name] if isinstance(asked, dict) else s.samples for s in sources]
+        return [weight / sum(weights) for weight in weights]
+
     def latent_side(self, stage: Stage) -> int:
         return stage.resolution // self.vae.downsample
 
@@ -122,8 +128,12 @@ def encode_command(config: Config, source: str, resolution: int) -> str:
         words += ["--root", data.root]
     words += ["--vae", data.vae, "--text-encoder", data.text_encoder]
     words += ["--resolutions", str(resolution), "--captions", data.captions, "--text", data.text]
+    if data.text_dtype != "float16":
+        words += ["--text-dtype", data.text_dtype]
     if data.latents != "mean":
         words += ["--latents", data.latents]
+    if data.crop != "center":
+        words += ["--crop", data.crop]
     return f"`{shlex.join(words)}`"
 
 
@@ -179,15 +189,20 @@ def _find_data(plan: Plan) -> dict[str, list[Source]]:
 def _find_source(plan: Plan, store: Store, name: str, resolution: int) -> Source:
     data = plan.config.data
     command = encode_command(plan.config, name, resolution)
-    latents_group = layout.latents_group(name, data.vae, resolution, data.latents)
-    text_group = layout.text_group(name, data.text_encoder, data.captions, data.text)
+    latents_group = layout.latents_group(name, data.vae, resolution, data.latents, data.crop)
+    text_group = layout.text_group(
+        name, data.text_encoder, data.captions, data.text, data.text_dtype
+    )
     latents = _manifest(store, latents_group, LatentsManifest, command)
     text = _manifest(store, text_group, TextManifest, command)
     differences = [
         *(f"vae {line}" for line in mismatches(plan.vae, latents.vae, UNREAD)),
         *(f"text encoder {line}" for line in mismatches(plan.text, text.text_encoder, UNREAD)),
         *_differs("resolution", resolution, latents.resolution),
+        *_differs("latents", data.latents, latents.latents),
+        *_differs("crop", data.crop, latents.crop),
         *_differs("text", data.text, text.text),
+        *_differs("text_dtype", data.text_dtype, text.dtype),
         *_differs("captions", data.captions, text.captions),
     ]
     if differences:

@@ -1,4 +1,5 @@
-"""Training's random numbers, each a function of (seed, stage, step, place in the global batch).
+"""Training's random numbers: of a step (seed, stage, step, place in the global batch), drawn on the
+device, and of a sample (seed, stage, source, key, epoch), drawn where it is read.
 
 Nothing here reads or moves torch's global generator, so a run that was killed and resumed, or that
 goes on with another number of ranks, draws the very same noise.
@@ -19,8 +20,6 @@ class Draws:
     """Unit normal (B, C, S, S): what is added to the latents, before sigma."""
     level: Tensor
     """Unit normal (B,): decides sigma."""
-    drop: Tensor
-    """Uniform (B,): the caption is dropped where this is below the drop rate."""
     mask: Tensor
     """Uniform (B, T): decides which tokens the mask keeps."""
 
@@ -68,4 +67,10 @@ def draw(
         return torch.rand(batch_size, *shape, generator=generator, device=device)[take]
 
     # clone: a view would keep the whole global batch in memory for the length of the step.
-    return Draws(normal(*latent).clone(), normal(), uniform(), uniform(tokens).clone())
+    return Draws(normal(*latent).clone(), normal(), uniform(tokens).clone())
+
+
+def sample_uniform(*key: int | str) -> float:
+    """Uniform in [0, 1), exact in float32, of e.g. (what for, seed, stage, source, key, epoch)."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=3).digest()
+    return int.from_bytes(digest, "big") * 2.0**-24

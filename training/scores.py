@@ -166,10 +166,10 @@ def read_examples(passport: Any, root: str = "") -> dict[str, list[Example]]:
 
     data = passport.config["data"]
     store = Store(root or data["root"])
-    source = data["sources"][0]
+    source = next(iter(data["sources"]))
     # Settings of older runs do not name what was the only kind then.
-    kind = data.get("latents", "mean")
-    group = layout.latents_group(source, passport.vae.name, passport.resolution, kind)
+    kind = data.get("latents", "mean"), data.get("crop", "center")
+    group = layout.latents_group(source, passport.vae.name, passport.resolution, *kind)
     if not store.local or not store.exists(f"{group}/index.json"):
         raise SettingError(
             f"--root {store.root}: no {group} there, which the model was trained on; "
@@ -188,7 +188,9 @@ def read_examples(passport: Any, root: str = "") -> dict[str, list[Example]]:
         if seen[split] <= MAX_SHARDS:
             gone = dropped.get(record["shard"], frozenset())
             samples = (latents[i] for i in rows)
-            stored = {s["key"]: s["latent"] for s in samples if s["key"] not in gone}
+            # Of moments (mean, log variance) the mean: what the VAE's decoder is best shown.
+            channels = passport.vae.channels
+            stored = {s["key"]: s["latent"][:channels] for s in samples if s["key"] not in gone}
             splits.setdefault(split, []).extend(
                 _join(store, layout.images_group(source), record["shard"], stored)
             )

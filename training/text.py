@@ -3,14 +3,18 @@
 A text group stores each distinct caption of an input shard once, in MDS files that
 `StreamingDataset` also opens; a parquet beside each maps picture keys to rows. Training reads
 captions by key, so it needs its own reader: shards are mapped into memory (the page cache is the
-only copy), and a bounded number stays open.
+only copy), and a bounded number stays open. Vectors are stored in float16, or in int8 with a column
+of scales (`pipeline.core.tokens`); a shard's own header tells which.
 """
 
 from __future__ import annotations
 
 import bisect
 import functools
+import itertools
+import json
 import mmap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +23,18 @@ import numpy as np
 from pipeline.core.errors import SettingError
 from pipeline.core.mds import stored, unpack
 from pipeline.core.store import Store
+from pipeline.core.tokens import dequantise
 
+COLUMNS = (
+    {"caption": "str", "tokens": "ndarray:float16"},
+    {"caption": "str", "scales": "ndarray:float16", "tokens": "ndarray:int8"},
+)
 OPEN_SHARDS = 256  # a group, in each loader process; a shuffle block spans tens
 
 
 class Caption(NamedTuple):
     text: str
-    tokens: np.ndarray  # float16 (L, W), read-only view of the mapped shard
+    tokens: np.ndarray  # float16 (L, W), not to be written to: it may be a view of the shard
 
 
 class TextGroup:
@@ -93,7 +102,11 @@ class TextGroup:
 
 
 class _Shard:
-    """One MDS file with columns caption (str) and tokens (ndarray:float16), and its keys."""
+    """One MDS file of captions with their token vectors, and its keys.
+
+    Raises:
+        SettingError: its columns are not those of a text group.
+    """
 
     def __init__(self, data: Path, keys: Path) -> None:
         import pyarrow.parquet as pq
@@ -107,6 +120,11 @@ class _Shard:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         count = np.frombuffer(self._data, np.uint32, 1)[0]
         self._offsets = np.frombuffer(self._data, np.uint32, count + 1, offset=4)
+        header = json.loads(self._data[4 + self._offsets.nbytes : self._offsets[0]])
+        columns = dict(zip(header["column_names"], header["column_encodings"], strict=True))
+        if columns not in COLUMNS:
+            raise SettingError(f"{data}: holds {columns}, no captions with their token vectors")
+        self._columns = len(columns)
 
     def read(self, key: str) -> Caption:
         """Raises KeyError where no caption has this key."""
@@ -114,16 +132,23 @@ class _Shard:
         place = bisect.bisect_left(self._keys, wanted)  # 10 times as fast as searchsorted for one
         if place == len(self._keys) or self._keys[place] != wanted:
             raise KeyError(key)
-        start = int(self._offsets[self._rows[place]])
-        text_bytes, _ = np.frombuffer(self._data, np.uint32, 2, offset=start)
-        start += 8
-        text = self._data[start : start + int(text_bytes)].decode()
-        return Caption(text, _array(self._data, start + int(text_bytes)))
+        text, *arrays = self._values(int(self._offsets[self._rows[place]]))
+        text = self._data[slice(*text)].decode()
+        if len(arrays) == 1:
+            return Caption(text, _array(self._data, arrays[0][0], np.float16))
+        scales, tokens = arrays
+        values = _array(self._data, tokens[0], np.int8)
+        return Caption(text, dequantise(values, _array(self._data, scales[0], np.float16)))
+
+    def _values(self, start: int) -> Iterator[tuple[int, int]]:
+        """Begin and end of each value of the sample that starts here, columns sorted by name."""
+        sizes = np.frombuffer(self._data, np.uint32, self._columns, offset=start).tolist()
+        return itertools.pairwise(itertools.accumulate(sizes, initial=start + 4 * self._columns))
 
 
-def _array(data: mmap.mmap, start: int) -> np.ndarray:
-    """An MDS float16 array of stored shape: axes and the width of their sizes in one byte."""
+def _array(data: mmap.mmap, start: int, dtype: type[np.generic]) -> np.ndarray:
+    """An MDS array of stored shape: axes and the width of their sizes in one byte."""
     axes, width = data[start] >> 2, 1 << (data[start] & 3)
     shape = np.frombuffer(data, f"u{width}", axes, offset=start + 1).astype(int)
-    values = np.frombuffer(data, np.float16, int(shape.prod()), offset=start + 1 + axes * width)
+    values = np.frombuffer(data, dtype, int(shape.prod()), offset=start + 1 + axes * width)
     return values.reshape(shape)

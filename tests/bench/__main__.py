@@ -13,6 +13,7 @@ BENCHMARKS = {
     "control": "tests.bench.control:rows",
     "decode": "tests.bench.decode:rows",
     "encode": "tests.bench.encode:rows",
+    "loader": "tests.bench.loader:rows",
     "overhead": "tests.bench.overhead:rows",
     "size": "tests.bench.size:rows",
 }

@@ -18,6 +18,7 @@ from pipeline.core.mds import encode_shard, stored
 from pipeline.core.samples import InputShard
 from pipeline.core.store import Store, fingerprint
 from pipeline.core.tables import to_parquet
+from pipeline.core.tokens import quantise
 from pipeline.encoders import find_text, find_vae, text_facts, vae_facts
 
 SPLITS = ("train", "train", "heldout")  # of input shards 00000, 00001, 00002
@@ -69,42 +70,56 @@ def make_source(
     without_caption: tuple[str, ...] = (),
     seed: int = 0,
     compression: str | None = None,
+    latents: str = "mean",
+    crop: str = "center",
+    text_dtype: str = "float16",
 ) -> Store:
     """Latents and text groups of one source with `samples` pictures in each input shard.
 
     The caption of key K is "caption C of SHARD" with C its number modulo 7, so captions are shared;
-    the first value of every token row is C, and the first latent value is K's number.
+    the first value of every token row is C, and the first latent value is K's number. Moments are
+    the same means, with -2 for every log variance. With `text_dtype` int8 the
+    same token rows are stored, quantised.
     """
     store = Store(root)
     vae, encoder = encoders.facts()
-    latents_group = layout.latents_group(name, encoders.vae, resolution)
-    text_group = layout.text_group(name, encoders.text, captions, text)
+    latents_group = layout.latents_group(name, encoders.vae, resolution, latents, crop)
+    text_group = layout.text_group(name, encoders.text, captions, text, text_dtype)
     side = resolution // vae.downsample
-    latent_columns = {"key": "str", "latent": f"ndarray:float16:{vae.channels},{side},{side}"}
+    depth = vae.channels * (2 if latents == "moments" else 1)
+    latent_columns = {"key": "str", "latent": f"ndarray:float16:{depth},{side},{side}"}
     for number, split in enumerate(splits):
         shard = InputShard(f"{number:05d}", split)
         rng = np.random.default_rng((seed, number))
         keys = [f"{shard.id}{i:04d}" for i in range(samples)]
         pictures = rng.normal(0.25, 2, (samples, vae.channels, side, side)).astype(np.float16)
         pictures[:, 0, 0, 0] = np.arange(samples)
+        if latents == "moments":
+            pictures = np.concatenate([pictures, np.full_like(pictures, -2)], axis=1)
         rows = [{"key": key, "latent": latent} for key, latent in zip(keys, pictures, strict=True)]
         own = pa.table({"key": keys, "row": pa.array(range(samples), pa.int32())})
         parquet = {".parquet": to_parquet(own)}
         _write(store, latents_group, shard, latent_columns, rows, keys, parquet, compression)
         tokens = [_tokens(c, encoder, text, rng) for c in range(7)]
-        rows = [{"caption": f"caption {c} of {shard.id}", "tokens": tokens[c]} for c in range(7)]
+        rows = [
+            {"caption": f"caption {c} of {shard.id}", **_stored(tokens[c], text_dtype)}
+            for c in range(7)
+        ]
         with_caption = [key for key in keys if key not in without_caption]
         numbers = [int(key[5:]) % 7 for key in with_caption]
         join = pa.table({"key": with_caption, "row": pa.array(numbers, pa.int32())})
-        columns = {"caption": "str", "tokens": "ndarray:float16"}
+        columns = {"caption": "str", "tokens": f"ndarray:{text_dtype}"}
+        if text_dtype == "int8":
+            columns["scales"] = "ndarray:float16"
         parquet = {".parquet": to_parquet(join)}
         _write(store, text_group, shard, columns, rows, with_caption, parquet, compression)
     common: dict[str, Any] = {"source": name, "dtype": "float16"}
     publish(
         store,
         latents_group,
-        LatentsManifest(**common, vae=vae, resolution=resolution, crop="center", latents="mean"),
+        LatentsManifest(**common, vae=vae, resolution=resolution, crop=crop, latents=latents),
     )
+    common["dtype"] = text_dtype
     publish(
         store,
         text_group,
@@ -143,6 +158,13 @@ def settings(root: Path, encoders: Encoders, folder: Path) -> dict[str, Any]:
             "full": {"steps": 7, "schedule": "cosine", "clip": 0.5, "keep_moments": True},
         },
     }
+
+
+def _stored(tokens: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
+    if dtype == "float16":
+        return {"tokens": tokens}
+    values, scales = quantise(tokens)
+    return {"tokens": values, "scales": scales}
 
 
 def _tokens(c: int, encoder: TextFacts, text: str, rng: np.random.Generator) -> np.ndarray:

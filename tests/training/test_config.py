@@ -117,6 +117,18 @@ def test_arguments_override_the_file(raw: dict[str, Any], tmp_path: Path) -> Non
         ("stages", None, "stages: missing; name at least one"),
         ("stages", {"a/b": {"steps": 1}}, "stages.a/b="),
         ("data.sources", [], "data.sources=[]: list should have at least 1 item"),
+        ("data.sources", {}, "data.sources={}: dictionary should have at least 1 item"),
+        ("data.sources", {"a": 0, "b": 1}, "data.sources.a=0: input should be greater than 0"),
+        ("stages.full.sources", {"a": -1.5}, "stages.full.sources.a=-1.5: input should be greater"),
+        ("data.sources", {"a": "2"}, "data.sources.a='2': input should be a valid number"),
+        ("data.sources", ["a", "b", "a"], "data.sources: a is named twice; give sources weights"),
+        ("data.sources", "toy", "data.sources='toy': input should be a valid list"),
+        (
+            "data.latents",
+            "moment",
+            "data.latents='moment': input should be 'mean', 'sample'",
+        ),
+        ("data.crop", "none", "data.crop='none': input should be 'center' or 'random'"),
     ],
 )
 def test_mistakes_name_the_key_and_the_remedy(
@@ -126,6 +138,35 @@ def test_mistakes_name_the_key_and_the_remedy(
         resolve(changed(raw, key, value))
     assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_weights_from_a_file_and_from_arguments(raw: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(changed(raw, "data.sources", {"a": 1, "b": 2.5})))
+    config = load([str(path), "data.sources.b=4", "stages.full.sources={c: 1, a: 3}"])
+    assert config.sources_of(config.stages["masked"]) == {"a": 1, "b": 4}
+    assert config.sources_of(config.stages["full"]) == {"c": 1, "a": 3}
+
+
+def test_a_source_with_a_weight_but_no_shards(raw: dict[str, Any], encoders: Encoders) -> None:
+    make_source(Path(raw["data"]["root"]), encoders)
+    with pytest.raises(MissingData, match=r"no shards at .*run `pipeline run encode --source tyo "):
+        check(resolve(changed(raw, "data.sources", {"toy": 1, "tyo": 2})))
+
+
+def test_kinds_of_latents_have_groups_of_their_own(raw: dict[str, Any], encoders: Encoders) -> None:
+    root = Path(raw["data"]["root"])
+    make_source(root, encoders)
+    wanted = changed(changed(raw, "data.latents", "moments"), "data.crop", "random")
+    with pytest.raises(MissingData) as error:
+        check(resolve(wanted))
+    assert "--latents moments --crop random" in str(error.value)
+    store = make_source(root, encoders, latents="moments", crop="random")
+    assert check(resolve(wanted)).data["full"][0].latents.latents == "moments"
+    path = next(root.glob("toy/latents/**/64.moments.random/manifest.json")).relative_to(root)
+    edit(store, str(path), {"latents": "sample"})
+    with pytest.raises(SettingError, match="latents: expected moments, found sample"):
+        check(resolve(wanted))
 
 
 def test_missing_settings_are_all_named(raw: dict[str, Any]) -> None:

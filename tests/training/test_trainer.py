@@ -8,9 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from composer import Callback
@@ -23,6 +26,7 @@ from training.checkpoints import allow_only_data, read
 from training.config import resolve
 from training.dit import MicroDiT
 from training.folder import StageFolder
+from training.leftovers import SHM, run_number
 from training.optim import learning_rate
 from training.preflight import Plan, check
 from training.train import main
@@ -392,6 +396,43 @@ def test_the_launcher(
             assert torch.equal(found[name], value), name
         else:
             assert torch.allclose(found[name], value, atol=1e-3), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["composer", "python"])
+def test_a_kill_leaves_nothing_to_the_next_start(
+    data: dict[str, Any], tmp_path: Path, launcher: str
+) -> None:
+    """SIGKILL for all processes at once: what they leave in /dev/shm goes with the next start."""
+    stages = {"masked": data["stages"]["masked"] | {"steps": 60, "save_every": 10}}
+    raw = {**data, "stages": stages, "data": data["data"] | {"workers": 2}}
+    path, run = tmp_path / "run.yaml", tmp_path / "run"
+    path.write_text(json.dumps(raw | {"folder": str(run)}))
+    starts = {
+        "composer": [Path(sys.executable).parent / "composer", "-n", "2"],
+        "python": [sys.executable],
+    }
+    command = [*starts[launcher], "training/train.py", path]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 240
+        while not StageFolder(run / "masked").checkpoints():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        # The launcher gives its ranks sessions of their own.
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+            child.kill()
+        process.wait()
+    places = [SHM, Path(tempfile.gettempdir())]
+    names = f"{run_number(run)}*"
+    left = [path.name for place in places for path in place.glob(names)]
+    assert any(name.endswith("_locals") for name in left)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "goes on after" in result.stderr
+    assert [path.name for place in places for path in place.glob(names)] == []
 
 
 @pytest.mark.slow
