@@ -205,7 +205,7 @@ def test_missing_file_names_the_nearest() -> None:
 
 def test_sizes_of_the_network_are_the_networks_own() -> None:
     """Every size of DiTConfig is a setting or follows from the encoders; names cannot drift."""
-    from training.dit import MODELS, DiTConfig
+    from training.dit_config import MODELS, DiTConfig
 
     derived = {"input_size", "in_channels", "caption_width", "caption_length", "pos_interp_scale"}
     ours = Model.model_fields.keys() - {"arch", "base_resolution"}
@@ -220,7 +220,7 @@ def test_sizes_of_the_network_are_the_networks_own() -> None:
         ({"data.vae": "sdxll"}, 'vae=sdxll: unknown; did you mean "sdxl"?'),
         ({"data.text_encoder": "dfn5b"}, 'text_encoder=dfn5b: unknown; did you mean "dfn5b-h14"?'),
         ({"stages.full.resolution": 72}, "stages.full.resolution=72: must be a multiple of 16"),
-        ({"stages.masked.mask_ratio": 0.99}, "stages.masked.mask_ratio=0.99: keeps none of 16"),
+        ({"stages.masked.mask_ratio": 0.99}, "stages.masked: mask_ratio 0.99: keeps none of 16"),
     ],
 )
 def test_settings_that_do_not_fit(

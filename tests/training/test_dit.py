@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.dit import MODELS, DiTConfig, MicroDiT
-from training.masking.deferred import draw
+from training.dit import MicroDiT
+from training.dit_config import MODELS, DiTConfig
+from training.masking.deferred import Deferred
 from training.masking.tokens import TokenMask
 
 SHAPES = Path(__file__).parents[1] / "vectors" / "state_dict_shapes.json"
@@ -242,7 +243,7 @@ def test_initialisation_depends_on_the_generator_alone(fresh: MicroDiT) -> None:
 def test_every_parameter_gets_a_gradient() -> None:
     model = random_model()
     x, c_noise, y = inputs()
-    mask = draw(torch.rand(3, 16, generator=torch.Generator().manual_seed(0)), 0.5)
+    mask = Deferred().draw(torch.rand(3, 16, generator=torch.Generator().manual_seed(0)), 0.5)
     model(x, c_noise, y, mask=mask).square().mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -260,7 +261,7 @@ def test_order_of_kept_tokens_does_not_matter() -> None:
 def test_dropped_patches_are_zero_and_unseen_after_the_mixer() -> None:
     config = dataclasses.replace(SMALL, mixer_depth=0)  # naive masking: dropped is unseen
     model, (x, c_noise, y) = random_model(config), inputs()
-    mask = draw(torch.rand(3, 16, generator=torch.Generator().manual_seed(0)), 0.75)
+    mask = Deferred().draw(torch.rand(3, 16, generator=torch.Generator().manual_seed(0)), 0.75)
     assert mask is not None
     dropped = mask.mask.view(3, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3).bool()
     out = model(x, c_noise, y, mask=mask)
@@ -307,7 +308,7 @@ def test_bfloat16_autocast_stays_close() -> None:
 def test_padding_does_not_change_trimmed_captions(extra: int) -> None:
     model, (x, c_noise, y) = random_model(), inputs()
     y_mask = torch.arange(7) < torch.tensor([[7], [1], [4]])
-    mask = draw(torch.rand(3, 16, generator=torch.Generator().manual_seed(0)), 0.5)
+    mask = Deferred().draw(torch.rand(3, 16, generator=torch.Generator().manual_seed(0)), 0.5)
     expected = model(x, c_noise, y, y_mask, mask)
     rubbish = 5 * torch.randn(3, extra, 24, generator=torch.Generator().manual_seed(2))
     padded = torch.cat((y, rubbish.double()), dim=1)

@@ -7,9 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.dit import MODELS, DiTConfig, MicroDiT
+from training.dit import MicroDiT
+from training.dit_config import MODELS, DiTConfig
 from training.flops import flops_per_image, num_parameters
-from training.masking.deferred import draw
+from training.masking.deferred import Deferred
 
 SMALL = DiTConfig(
     input_size=16,
@@ -30,7 +31,7 @@ SMALL = DiTConfig(
 def test_equals_the_flop_counter(ratio: float, text_tokens: int, mixer_width: int) -> None:
     config = dataclasses.replace(SMALL, mixer_width=mixer_width)
     model = MicroDiT(config)
-    mask = draw(torch.rand(1, 64), ratio)
+    mask = Deferred().draw(torch.rand(1, 64), ratio)
     x, y = torch.randn(1, 4, 16, 16), torch.randn(1, text_tokens, 40)
     # The plain attention, because the counter does not know the fused CPU kernel.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
