@@ -34,7 +34,7 @@ def report(plan: Plan) -> str:
     total = 0.0
     for name, stage in config.stages.items():
         rows = round(_rows(plan, name))
-        forward = _forward(networks[name], stage, rows)
+        forward = forward_flops(networks[name], stage, rows)
         flops = STEP_PASSES * forward * stage.steps * stage.batch_size
         total += flops
         lines.append(
@@ -53,7 +53,7 @@ def report(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _forward(network: DiTConfig, stage: Stage, rows: int) -> float:
+def forward_flops(network: DiTConfig, stage: Stage, rows: int) -> float:
     """Forward FLOPs of an image, the mean over the stage's steps."""
     scheme = stage.scheme()
     return sum(
