@@ -23,12 +23,11 @@ from training.config import Config
 from training.denoiser import EDM
 from training.dit import MicroDiT
 from training.ema import EMA
-from training.estimate import network_config
 from training.folder import StageFolder
 from training.loader import global_rows, make_dataset, make_loader
 from training.model import DiffusionModel, Objective
 from training.optim import make_optimizer
-from training.preflight import Plan, world_size
+from training.preflight import Plan, network_config, world_size
 from training.progress import Progress
 from training.randomness import keyed_seed
 
@@ -88,7 +87,7 @@ def _objective(plan: Plan, name: str) -> Objective:
     config, stage = plan.config, plan.config.stages[name]
     return Objective(
         edm=EDM(**config.edm.model_dump(), p_mean=stage.p_mean, p_std=stage.p_std),
-        mask=stage.mask,
+        mask=stage.scheme(),
         mask_ratio=stage.mask_ratio,
         caption_drop=config.data.caption_drop,
         seed=config.seed,

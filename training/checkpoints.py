@@ -19,7 +19,6 @@ from pipeline.core.errors import SettingError
 from training.dit import MicroDiT
 
 PREFIX = "dit."  # of the network in the ComposerModel, as in the released project's checkpoints
-BUFFERS = ("pos_embed", "mask_token")  # follow from the config; positions change with resolution
 
 
 def allow_only_data() -> None:
@@ -64,13 +63,9 @@ class CheckpointState:
         Raises:
             SettingError: weights of another architecture.
         """
-        own = network.state_dict()
-        tensors = {
-            name.removeprefix(PREFIX): value
-            for name, value in self.model.items()
-            if name.removeprefix(PREFIX) not in BUFFERS
-        }
-        tensors |= {name: own[name] for name in BUFFERS}
+        # Buffers follow from the config; positions change with the resolution.
+        tensors = {name.removeprefix(PREFIX): value for name, value in self.model.items()}
+        tensors |= dict(network.named_buffers())
         try:
             network.load_state_dict(tensors)
         except RuntimeError as error:

@@ -28,13 +28,16 @@ from pydantic_core import ErrorDetails
 
 from pipeline.core import layout
 from pipeline.core.errors import SettingError, nearest
-from training.masking import MASKS
+from training.dit_config import FeedForward
+from training.masking.ratio import Ratio, RatioSchedule
+from training.masking.scheme import Scheme, make_scheme
 
 STAGE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # a stage's name is a folder's name
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+_SCHEDULE = (dict, RatioSchedule)
 Pair = Annotated[tuple[Positive, Positive], Field(strict=False)]  # YAML has lists, no tuples
 
 
@@ -52,6 +55,12 @@ Sources = Annotated[
     Annotated[list[str], Field(min_length=1), AfterValidator(_unique), Tag("[names]")]
     | Annotated[dict[str, Positive], Field(min_length=1), Tag("[weights]")],
     Discriminator(lambda value: "[weights]" if isinstance(value, dict) else "[names]"),
+]
+
+# A share of an image's patches, or how it changes over the stage's steps.
+MaskRatio = Annotated[
+    Annotated[Ratio, Tag("[number]")] | Annotated[RatioSchedule, Tag("[schedule]")],
+    Discriminator(lambda value: "[schedule]" if isinstance(value, _SCHEDULE) else "[number]"),
 ]
 
 
@@ -82,7 +91,7 @@ class Data(Section):
 
 
 class Model(Section):
-    """A network of the paper, or sizes that replace some of its own; see training.dit.DiTConfig."""
+    """A network of the paper, or sizes that replace some of its own; see DiTConfig."""
 
     arch: Literal["MicroDiT_XL_2", "MicroDiT_Tiny_2", "custom"]  # custom: DiTConfig's defaults
     base_resolution: Count | None = None  # where positions have scale 1; default: first stage's
@@ -92,6 +101,7 @@ class Model(Section):
     head_dim: Count | None = None
     qkv_multipliers: Pair | None = None
     ffn_multipliers: Pair | None = None
+    feed_forward: FeedForward | None = None
     multiple_of: Count | None = None
     mixer_width: Count | None = None
     mixer_depth: Annotated[int, Field(ge=0)] | None = None
@@ -99,6 +109,8 @@ class Model(Section):
     num_experts: Count | None = None
     expert_capacity: Positive | None = None
     moe_every: Annotated[int, Field(ge=0)] | None = None
+    decoder_width: Count | None = None
+    decoder_depth: Annotated[int, Field(ge=0)] | None = None
     norm_eps: Positive | None = None
 
     def sizes(self) -> dict[str, Any]:
@@ -135,7 +147,9 @@ class Stage(Section):
     sources: Sources | None = None  # default: data.sources
     microbatch: Count | None = None  # samples a rank computes at once; default: all of its share
     mask: str = "none"  # a scheme of training.masking
-    mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of patches the backbone drops
+    mask_ratio: MaskRatio = 0.0  # share of patches that are masked
+    mask_block: Literal[2, 4, 8] | None = None  # side of the cells that mask block drops
+    tread_blocks: Annotated[tuple[int, int], Field(strict=False)] | None = None  # first and last
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0  # steps of linear warm-up, then the schedule
     final_lr: Share = 0.0  # where cosine ends, as a share of lr
@@ -149,17 +163,29 @@ class Stage(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Stage:
-        if self.mask not in MASKS:
+        self.scheme()
+        ratio = self.mask_ratio
+        if self.mask == "none" and ratio:
+            shown = "" if isinstance(ratio, RatioSchedule) else f" {ratio}"
+            raise ValueError(f"mask_ratio{shown} with mask none: name a mask, deferred")
+        if isinstance(ratio, RatioSchedule) and ratio.steps > self.steps:
             raise ValueError(
-                f"mask {self.mask}: unknown{nearest(self.mask, MASKS)}; known: {', '.join(MASKS)}"
+                f"mask_ratio.steps {ratio.steps}: beyond the stage's {self.steps} steps"
             )
-        if self.mask == "none" and self.mask_ratio:
-            raise ValueError(f"mask_ratio {self.mask_ratio} with mask none: name a mask, deferred")
         if self.warmup >= self.steps and self.warmup:
             raise ValueError(f"warmup {self.warmup}: must be shorter than steps {self.steps}")
         if self.ema_start and self.ema is None:
             raise ValueError(f"ema_start {self.ema_start} without ema: give a decay, e.g. 0.9999")
         return self
+
+    def scheme(self) -> Scheme:
+        """The masking scheme with its settings.
+
+        Raises:
+            ValueError: settings that do not fit each other.
+        """
+        settings = {"mask_block": self.mask_block, "tread_blocks": self.tread_blocks}
+        return make_scheme(self.mask, settings)
 
 
 class Logging(Section):
@@ -210,6 +236,9 @@ class Config(Section):
 def load(arguments: Sequence[str]) -> Config:
     """`FILE.yaml [dotted.key=value …]` -> the resolved config.
 
+    A file that says `base: OTHER.yaml` states only what differs from that file, which lies relative
+    to it; mappings are merged key by key, anything else is replaced.
+
     Raises:
         SettingError: no such file, no YAML, an unknown key or stage, a wrong type; a line each.
     """
@@ -220,8 +249,7 @@ def load(arguments: Sequence[str]) -> Config:
             f"give one YAML file, then dotted.key=value; files given: {shown}. "
             "For example: composer training/train.py yamls/demo.yaml stages.full.lr=1e-3"
         )
-    raw = _read(Path(files[0]), [a for a in arguments if "=" in a])
-    return resolve(raw)
+    return resolve(_read(Path(files[0]), [a for a in arguments if "=" in a]))
 
 
 def resolve(raw: dict[str, Any]) -> Config:
@@ -254,23 +282,46 @@ def _read(path: Path, overrides: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    file = _file(path, ())
+    _known_stages(overrides, [str(key) for key in _mapping(file.get("stages"), "stages")])
     try:
-        base = OmegaConf.load(path)
-    except OSError as error:
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")])
-        raise SettingError(f"{path}: {error.strerror}{near}") from error
-    except yaml.YAMLError as error:
-        raise SettingError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    try:
-        file = OmegaConf.to_container(base)
-        if not isinstance(file, dict):
-            raise SettingError(f"{path}: expected a mapping of settings, found a list")
-        _known_stages(overrides, [str(key) for key in _mapping(file.get("stages"), "stages")])
-        merged = OmegaConf.merge(base, OmegaConf.from_dotlist(overrides))
-        result = OmegaConf.to_container(merged, resolve=True)
+        changes = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
+        result = OmegaConf.to_container(OmegaConf.create(_merged(file, changes)), resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise SettingError(f"{path}: {' '.join(str(error).split())}") from error
     return {str(key): value for key, value in result.items()}  # pyright: ignore
+
+
+def _file(path: Path, above: tuple[Path, ...]) -> dict[Any, Any]:
+    """What a file says, on top of what its base says. `above`: the files whose base it is."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    shown = " -> ".join(map(str, (*above, path)))
+    if path.resolve() in [other.resolve() for other in above]:
+        raise SettingError(f"base: {shown}: a file cannot be its own base; remove one of them")
+    try:
+        file = OmegaConf.to_container(OmegaConf.load(path))
+    except OSError as error:
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")])
+        raise SettingError(f"{shown}: {error.strerror}{near}") from error
+    except yaml.YAMLError as error:
+        raise SettingError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(file, dict):
+        raise SettingError(f"{path}: expected a mapping of settings, found a list")
+    if "base" not in file:
+        return file
+    base = file.pop("base")
+    if not isinstance(base, str):
+        raise SettingError(f"{path}: base={base!r}: give one YAML file, relative to this one")
+    return _merged(_file(path.parent / base, (*above, path)), file)
+
+
+def _merged(base: Any, change: Any) -> Any:
+    # OmegaConf's own merge refuses to put a mapping in the place of a list.
+    if not (isinstance(base, dict) and isinstance(change, dict)):
+        return change
+    return base | {key: _merged(base.get(key), value) for key, value in change.items()}
 
 
 def _known_stages(overrides: list[str], stages: list[str]) -> None:
@@ -342,4 +393,7 @@ def _keys() -> list[tuple[str, ...]]:
         elif get_origin(section) is dict and get_args(section)[1] is Stage:
             paths += [("defaults", key) for key in Stage.model_fields]
             paths += [(name, "*", key) for key in Stage.model_fields]
+            schedule = [field.alias or key for key, field in RatioSchedule.model_fields.items()]
+            paths += [("defaults", "mask_ratio", key) for key in schedule]
+            paths += [(name, "*", "mask_ratio", key) for key in schedule]
     return paths

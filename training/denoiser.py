@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.masking.tokens import TokenMask
+from training.masking.tokens import ExtraLoss, TokenMask
 
 Network = Callable[..., Tensor]
 """F(x (B, C, S, S), c_noise (B,) or (1,), y=..., ...) -> (B, C, S, S)."""
@@ -77,11 +77,12 @@ class EDM:
         y: Tensor,
         y_mask: Tensor | None = None,
         mask: TokenMask | None = None,
+        extra: ExtraLoss | None = None,
     ) -> Tensor:
         """Weighted denoising error of each sample, EDM equation 8 with lambda = 1 / c_out^2.
 
-        With a mask only the kept patches count, and their mean is over themselves, so that
-        masked and unmasked losses have the same scale.
+        With a mask only the patches that are not dropped count, and their mean is over themselves,
+        so that masked and unmasked losses have the same scale.
 
         Args:
             latents: clean latents (B, C, S, S).
@@ -89,7 +90,8 @@ class EDM:
             eps: unit normal noise (B, C, S, S).
             y: captions as the network takes them.
             y_mask: which caption rows are real, bool (B, L), or None for all.
-            mask: which patches the network's backbone sees, or None for all.
+            mask: which patches the network sees, and which count, or None for all.
+            extra: a term that is added where there is a mask.
 
         Returns:
             float (B,); its mean is the training loss.
@@ -106,7 +108,8 @@ class EDM:
         patch = latents.shape[-1] // math.isqrt(mask.mask.shape[1])
         error = F.avg_pool2d(error.mean(dim=1), patch).flatten(1)  # (B, T)
         kept = 1 - mask.mask.to(dtype)
-        return (error * kept).sum(dim=1) / kept.sum(dim=1)
+        loss = (error * kept).sum(dim=1) / kept.sum(dim=1)
+        return loss if extra is None else loss + extra(noisy, denoised, mask)
 
 
 def _precision(x: Tensor) -> torch.dtype:

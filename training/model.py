@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pkgutil
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 from training.denoiser import EDM
 from training.dit import MicroDiT
 from training.flops import flops_per_image
-from training.masking import MASKS
+from training.masking.ratio import RatioSchedule, ratio_at
+from training.masking.scheme import Scheme
 from training.randomness import Draws, Rows, draw
 
 STEP_PASSES = 3  # forward FLOPs in a training step: forward, and twice that backward
@@ -23,8 +23,8 @@ class Objective:
     """What a stage asks of the network, and the key of its random numbers."""
 
     edm: EDM
-    mask: str  # a scheme of training.masking
-    mask_ratio: float
+    mask: Scheme
+    mask_ratio: float | RatioSchedule
     caption_drop: float
     seed: int
     stage: str
@@ -44,7 +44,6 @@ class DiffusionModel(ComposerModel):
         self.dit = dit
         self.objective = objective
         self.step = 0
-        self._mask = pkgutil.resolve_name(MASKS[objective.mask])
         self._draws: tuple[int, Draws] | None = None
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
@@ -61,7 +60,8 @@ class DiffusionModel(ComposerModel):
             draws.noise[index],
             y,
             y_mask,
-            self._mask(draws.mask[index], objective.mask_ratio),
+            objective.mask.draw(draws.mask[index], self._ratio()),
+            objective.mask.extra_loss(),
         )
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -74,8 +74,13 @@ class DiffusionModel(ComposerModel):
 
     def flops_per_batch(self, batch: dict[str, Tensor]) -> int:
         """FLOPs of forward and backward of this rank's batch, as Composer's SpeedMonitor asks."""
-        forward = flops_per_image(self.dit.config, self.objective.mask_ratio, batch["y"].shape[1])
+        forward = flops_per_image(
+            self.dit.config, self._ratio(), batch["y"].shape[1], self.objective.mask
+        )
         return STEP_PASSES * forward * len(batch["latents"])
+
+    def _ratio(self) -> float:
+        return ratio_at(self.objective.mask_ratio, self.step)
 
     def _draw(self, device: torch.device) -> Draws:
         """The step's numbers, drawn once for all its micro-batches."""

@@ -21,7 +21,8 @@ from torch import Tensor
 from pipeline.core.errors import SettingError
 from pipeline.core.manifest import LatentsManifest, TextFacts, TextManifest, VaeFacts
 from training.denoiser import EDM
-from training.dit import DiTConfig, MicroDiT
+from training.dit import MicroDiT
+from training.dit_config import DiTConfig
 
 METADATA_KEY = "microdit"
 SCHEMA = 1

@@ -17,7 +17,8 @@ from pipeline.core.manifest import LatentsManifest, TextManifest
 from tests.training.groups import SHIPPED
 from training import weights
 from training.denoiser import EDM
-from training.dit import DiTConfig, MicroDiT
+from training.dit import MicroDiT
+from training.dit_config import DiTConfig
 from training.generate import Painter, main, read_prompts
 from training.sheet import contact_sheet
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from training.denoiser import EDM
-from training.dit import DiTConfig, MicroDiT
+from training.dit import MicroDiT
+from training.dit_config import DiTConfig
 from training.sampler import noise_levels, sample
 
 NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))

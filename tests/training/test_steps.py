@@ -11,8 +11,10 @@ from torch import nn
 
 from training.config import Optimizer, Stage
 from training.denoiser import EDM
-from training.dit import DiTConfig, MicroDiT
+from training.dit import MicroDiT
+from training.dit_config import DiTConfig
 from training.ema import EMA
+from training.masking.deferred import Deferred
 from training.model import DiffusionModel, Objective, drop_captions
 from training.optim import learning_rate, make_optimizer
 from training.randomness import Rows, draw, keyed_seed
@@ -156,7 +158,7 @@ def batch_of(size: int) -> dict[str, torch.Tensor]:
 def model_of(network: MicroDiT, **changes: object) -> DiffusionModel:
     settings = {
         "edm": EDM(),
-        "mask": "deferred",
+        "mask": Deferred(),
         "mask_ratio": 0.5,
         "caption_drop": 0.5,
         "seed": 0,

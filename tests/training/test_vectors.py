@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from training.denoiser import EDM
-from training.dit import DiTConfig, MicroDiT
+from training.dit import MicroDiT
+from training.dit_config import DiTConfig
 from training.layers import position_table
 from training.masking.tokens import TokenMask
 from training.sampler import guided, sample
