@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.dit import BlockShape, DiTConfig, MicroDiT
+from training.dit import MicroDiT
+from training.dit_config import BlockShape, DiTConfig
 
 CHANNELS, MAX_PERIOD = 512, 10_000.0
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import shlex
@@ -185,9 +186,8 @@ def _find_data(plan: Plan) -> dict[str, list[Source]]:
         for name, stage in config.stages.items()
     }
     # Sources may have been encoded at different times: the very same weights must have made them.
-    every = [source for sources in data.values() for source in sources]
-    for source in every[1:]:
-        first = every[0]
+    every = {s.latents_group: s for sources in data.values() for s in sources}
+    for first, source in itertools.combinations(every.values(), 2):
         for kind in ("vae", "text_encoder"):
             a, b = (getattr(s.latents if kind == "vae" else s.text, kind) for s in (first, source))
             differences = mismatches(a, b, ignore=("dtype",))

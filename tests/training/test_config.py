@@ -439,13 +439,27 @@ def test_a_vae_that_changed_is_refused(raw: dict[str, Any], encoders: Encoders) 
 
 def test_sources_of_different_weights_are_refused(raw: dict[str, Any], encoders: Encoders) -> None:
     root = Path(raw["data"]["root"])
-    make_source(root, encoders)
-    store = make_source(root, encoders, name="other")
-    path = next(root.glob("other/latents/**/manifest.json")).relative_to(root)
-    facts = store.read_json(str(path))["vae"]
-    edit(store, str(path), {"vae": facts | {"weights_sha256": "ab"}})
+    for name, found in {"toy": "cd", "other": "ab"}.items():
+        of_weights(make_source(root, encoders, name=name), name, found)
     with pytest.raises(SettingError, match="toy and other were encoded by different vaes"):
         check(resolve(changed(raw, "data.sources", ["toy", "other"])))
+
+
+def of_weights(store: Store, name: str, sha256: str) -> None:
+    path = next(Path(store.root).glob(f"{name}/latents/**/manifest.json")).relative_to(store.root)
+    edit(store, str(path), {"vae": store.read_json(str(path))["vae"] | {"weights_sha256": sha256}})
+
+
+def test_weights_of_imported_groups_are_unknown(raw: dict[str, Any], encoders: Encoders) -> None:
+    """`pipeline convert import` cannot tell what made the latents; others must still agree."""
+    root = Path(raw["data"]["root"])
+    for name, found in {"imported": "", "toy": "ab", "other": "ab"}.items():
+        of_weights(make_source(root, encoders, name=name), name, found)
+    sources = changed(raw, "data.sources", ["imported", "toy", "other"])
+    assert len(check(resolve(sources)).data["full"]) == 3
+    of_weights(Store(root), "other", "cd")
+    with pytest.raises(SettingError, match="toy and other were encoded by different vaes"):
+        check(resolve(sources))
 
 
 def test_files_that_are_gone(raw: dict[str, Any], encoders: Encoders) -> None:

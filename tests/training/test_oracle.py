@@ -5,7 +5,8 @@ import torch
 
 from tests.oracle import plain
 from training.denoiser import EDM
-from training.dit import DiTConfig, MicroDiT
+from training.dit import MicroDiT
+from training.dit_config import DiTConfig
 from training.masking.deferred import draw
 
 CONFIG = DiTConfig(
