@@ -18,7 +18,7 @@ from tests.oracle import plain
 from training.denoiser import EDM
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
-from training.masking.deferred import draw
+from training.masking.scheme import make_scheme
 
 #: name -> (latent side, share of dropped patches, batch): the two settings that are claimed first.
 SETTINGS = {
@@ -48,7 +48,8 @@ def quarter(side: int) -> DiTConfig:
 def rows() -> Iterator[Row]:
     for name, setting in SETTINGS.items():
         ours, theirs = steps(*setting)
-        ours(), theirs()
+        for step in (ours, theirs):
+            step()
         pairs = [(seconds(theirs), seconds(ours)) for _ in range(REPEATS)]
         ratios = [a / b for a, b in pairs]
         speed = setting[2] / statistics.median(b for _, b in pairs)
@@ -87,16 +88,18 @@ def steps(
     y = normal(batch, config.caption_length, config.caption_width)
     sigma = normal(batch).exp()
     noise = torch.rand(batch, config.tokens, generator=generator, device=device)
-    edm = EDM()
+    edm, scheme = EDM(), make_scheme("deferred")
 
     def ours() -> Tensor:
-        return _step(network, edm.loss(network, latents, sigma, eps, y, mask=draw(noise, ratio)))
+        mask = scheme.draw(noise, ratio)
+        return _step(network, edm.loss(network, latents, sigma, eps, y, mask=mask))
 
     def theirs() -> Tensor:
         def transcribed(x: Tensor, c_noise: Tensor, y: Tensor, **_: object) -> Tensor:
             return oracle(x, c_noise, y, noise if ratio else None, ratio)[0]
 
-        return _step(oracle, edm.loss(transcribed, latents, sigma, eps, y, mask=draw(noise, ratio)))
+        mask = scheme.draw(noise, ratio)
+        return _step(oracle, edm.loss(transcribed, latents, sigma, eps, y, mask=mask))
 
     return ours, theirs
 

@@ -7,7 +7,7 @@ from tests.oracle import plain
 from training.denoiser import EDM
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
-from training.masking.deferred import draw
+from training.masking.scheme import make_scheme
 
 CONFIG = DiTConfig(
     input_size=16,
@@ -38,7 +38,7 @@ def test_equals_the_plain_transcription(ratio: float, mixer_width: int) -> None:
     eps = torch.randn(latents.shape, generator=generator)
     y = torch.randn(3, 7, 24, generator=generator)
     sigma = torch.tensor([0.3, 1.0, 4.0])
-    mask = draw(noise, ratio)
+    mask = make_scheme("deferred").draw(noise, ratio)
 
     edm = EDM()
     ours = edm.loss(network, latents, sigma, eps, y, mask=mask)
@@ -69,6 +69,6 @@ def test_drops_the_same_patches() -> None:
     noise = torch.rand(2, CONFIG.tokens, generator=torch.Generator().manual_seed(0))
     x, y = torch.zeros(2, 4, 16, 16), torch.zeros(2, 7, 24)
     _, dropped = oracle(x, torch.zeros(2), y, noise, 0.75)
-    mask = draw(noise, 0.75)
+    mask = make_scheme("deferred").draw(noise, 0.75)
     assert mask is not None
     assert torch.equal(dropped, mask.mask)
