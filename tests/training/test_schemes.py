@@ -287,6 +287,19 @@ def test_routed_tokens_are_seen_by_the_blocks_around() -> None:
         assert ((seen - out).abs() > 1e-6).flatten(1).sum(dim=1).min() > 16  # not its own alone
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", MASKING)
+def test_bfloat16_autocast_stays_close(name: str) -> None:
+    # Without experts, whose choices bfloat16 may change; with a projection that autocast computes
+    # in bfloat16, so that tokens which leave and rejoin have that precision too.
+    net = network_of(name, moe_every=0, mixer_depth=2).float()
+    batch = {k: v.float() if v.is_floating_point() else v for k, v in batch_of().items()}
+    expected = model_of(net, name)(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model_of(net, name)(batch)
+    assert (loss - expected).norm() < 0.05 * expected.norm()
+
+
 @pytest.mark.parametrize(
     ("name", "ratio"), [(name, 0.0) for name in MASKS] + [(name, RATIO) for name in MASKING]
 )
