@@ -16,9 +16,9 @@ from pipeline.core.errors import SettingError
 from pipeline.core.manifest import LatentsManifest, TextManifest
 from tests.training.groups import SHIPPED
 from training import weights
-from training.denoiser import EDM
 from training.dit import DiTConfig, MicroDiT
 from training.generate import Painter, main, read_prompts
+from training.objectives.edm import EDM
 from training.sheet import contact_sheet
 
 PROMPTS = ["avocado on a blue background", "rocket", "rocket"]

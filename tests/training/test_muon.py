@@ -1,0 +1,197 @@
+"""Muon equals a plain reference, matrix by matrix; the rest is AdamW; module types make groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from training.config import Muon as MuonSettings
+from training.config import Optimizer
+from training.dit import DiTBlock, DiTConfig, MicroDiT, Modulation
+from training.moe import ExpertChoiceMLP
+from training.muon import Group, Muon, orthogonalise
+from training.optim import make_optimizer, parameter_groups
+
+LR, DECAY, MOMENTUM = 0.03, 0.1, 0.9
+
+
+def network() -> MicroDiT:
+    sizes: dict[str, Any] = {"width": 32, "depth": 3, "head_dim": 16, "multiple_of": 16}
+    config = DiTConfig(
+        **sizes, input_size=8, mixer_width=16, mixer_depth=2, num_experts=2, caption_width=16
+    )
+    network = MicroDiT(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data.normal_(std=0.1, generator=generator)
+    return network
+
+
+def gradients(shape: torch.Size, count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=generator) for _ in range(count)]
+
+
+def plain(weight: np.ndarray, grads: list[Tensor], out: int, scale: str) -> np.ndarray:
+    """One (out, in) or (in, out) matrix: momentum, Newton-Schulz, decay, in float64."""
+    momentum = np.zeros_like(weight)
+    for grad in grads:
+        g = grad.double().numpy()
+        momentum = MOMENTUM * momentum + (1 - MOMENTUM) * g
+        x = MOMENTUM * momentum + (1 - MOMENTUM) * g
+        x = x / np.linalg.norm(x)
+        for _ in range(5):
+            x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+        wide = max(x.shape) if scale == "rms" else max(1, out / (x.size / out))
+        factor = 0.2 if scale == "rms" else 1
+        weight = weight * (1 - LR * DECAY) - LR * factor * wide**0.5 * x
+    return weight
+
+
+@pytest.mark.parametrize("scale", ["rms", "spectral"])
+@pytest.mark.parametrize(
+    ("shape", "matrices"),
+    [((6, 10), 1), ((10, 6), 1), ((12, 8), 3), ((12, 8), 2), ((3, 6, 10), 0), ((2, 10, 6), 0)],
+)
+def test_equals_a_loop_over_plain_matrices(
+    shape: tuple[int, ...], matrices: int, scale: Any
+) -> None:
+    parameter = Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(2)))
+    parts = np.split(parameter.detach().double().numpy(), matrices) if matrices else parameter
+    start = [np.array(torch.as_tensor(part).detach().double()) for part in parts]
+    grads = gradients(parameter.shape, 3)
+    group: Group = {
+        "params": [parameter],
+        "kind": "muon",
+        "lr": LR,
+        "lr_factor": 1.0,
+        "weight_decay": DECAY,
+        "matrices": matrices,
+    }
+    optimizer = Muon([group], momentum=MOMENTUM, scale=scale)
+    for grad in grads:
+        parameter.grad = grad.clone()
+        optimizer.step()
+        assert torch.equal(parameter.grad, grad)
+    own = [list(g.chunk(matrices) if matrices else g) for g in grads]
+    expected = [
+        plain(weight, [g[i] for g in own], weight.shape[0 if matrices else 1], scale)
+        for i, weight in enumerate(start)
+    ]
+    found = parameter.detach().double().numpy()
+    whole = np.concatenate(expected) if matrices else np.stack(expected)
+    np.testing.assert_allclose(found, whole, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8), (4, 12, 24)])
+def test_updates_are_nearly_orthogonal(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    # Singular values from 1 to 100: no matter how stretched, they end near 1.
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    stretched = u * torch.logspace(0, 2, u.shape[-1]) @ v
+    for matrix in (x, stretched, 1e-4 * stretched):
+        values = torch.linalg.svdvals(orthogonalise(matrix))
+        assert (values > 0.5).all()
+        assert (values < 1.3).all()
+    singular = torch.linalg.svd(orthogonalise(stretched), full_matrices=False)
+    # The same directions: U^T of the one and of the other agree up to order and sign.
+    torch.testing.assert_close((singular.U @ singular.Vh).abs(), (u @ v).abs(), atol=5e-2, rtol=0)
+
+
+def test_a_zero_gradient_moves_nothing_but_decay() -> None:
+    assert not orthogonalise(torch.zeros(3, 4, 5)).any()
+
+
+def test_what_muon_trains_is_told_by_module_types() -> None:
+    """Every matrix of the blocks but modulations and routers; nothing else."""
+    model = network()
+    groups = parameter_groups(model, Optimizer(muon=MuonSettings()), LR)
+    muon = {p for group in groups if group["kind"] == "muon" for p in group["params"]}
+    every = [p for group in groups for p in group["params"]]
+    assert len(every) == len(set(every)) == len(list(model.parameters()))
+    wanted: set[Parameter] = set()
+    for block in [*model.patch_mixer, *model.blocks, model.y_emb_preprocess]:
+        left_out: set[Parameter] = set()
+        for module in block.modules():
+            if isinstance(module, Modulation):
+                left_out.update(module.parameters())
+            if isinstance(module, ExpertChoiceMLP):
+                left_out.add(module.gate.weight)
+        wanted |= {p for p in block.parameters() if p.dim() >= 2} - left_out
+    assert muon == wanted
+    # Queries, keys and values are matrices of their own; experts are stacks.
+    counts = {p: group["matrices"] for group in groups for p in group["params"]}
+    block = model.blocks[1]
+    assert isinstance(block, DiTBlock)
+    assert isinstance(block.mlp, ExpertChoiceMLP)
+    assert counts[block.attn.qkv.weight] == 3
+    assert counts[block.cross_attn.kv_linear.weight] == 2
+    assert counts[block.attn.proj.weight] == 1
+    assert counts[block.mlp.w1] == counts[block.mlp.w2] == 0
+
+
+def test_the_rest_is_adamw_to_the_last_bit() -> None:
+    first, second = network(), network()
+    mixed = make_optimizer(first, Optimizer(muon=MuonSettings(), expert_lr=0.5), LR)
+    adamw = make_optimizer(second, Optimizer(expert_lr=0.5), LR)
+    assert isinstance(mixed, Muon)
+    assert isinstance(adamw, torch.optim.AdamW)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        for a, b in zip(first.parameters(), second.parameters(), strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        mixed.step()
+        adamw.step()
+    muon = {p for g in mixed.param_groups if g["kind"] == "muon" for p in g["params"]}
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b) == (a not in muon)
+
+
+def test_its_learning_rate_is_a_multiple_of_the_stages() -> None:
+    settings = Optimizer(expert_lr=0.5, muon=MuonSettings(lr=10.0))
+    groups = parameter_groups(network(), settings, LR)
+    kinds = {(group["kind"], group["matrices"], group["lr_factor"]) for group in groups}
+    assert kinds == {
+        ("adamw", 0, 1.0),
+        ("adamw", 0, 0.5),  # routers
+        ("muon", 1, 10.0),
+        ("muon", 2, 10.0),
+        ("muon", 3, 10.0),
+        ("muon", 0, 5.0),  # experts
+    }
+    assert all(group["lr"] == LR * group["lr_factor"] for group in groups)
+
+
+class MoeLookalike(nn.Module):
+    """Its name, and its parameters', say "moe" and "experts"; it has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = nn.Linear(4, 4)
+        self.experts_mlp = nn.Linear(4, 4)
+        self.plain = ExpertChoiceMLP(4, 8, 2, 2.0)
+
+
+def test_experts_have_half_the_rate_and_nothing_else() -> None:
+    model = nn.ModuleDict({"network": network(), "moe": MoeLookalike()})
+    groups = parameter_groups(model, Optimizer(), LR)
+    assert [group["lr_factor"] for group in groups] == [1.0, 0.5]
+    layers = [module for module in model.modules() if isinstance(module, ExpertChoiceMLP)]
+    assert len(layers) == 3  # of the mixer, the backbone, and the one that bears no telling name
+    expected = {p for layer in layers for p in (layer.w1, layer.w2, layer.gate.weight)}
+    assert set(groups[1]["params"]) == expected
+
+
+def test_a_factor_of_one_leaves_one_group() -> None:
+    model = network()
+    optimizer = make_optimizer(model, Optimizer(expert_lr=1.0, weight_decay=0.2), LR)
+    assert len(optimizer.param_groups) == 1
+    assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
+    assert optimizer.param_groups[0]["weight_decay"] == 0.2  # norms and biases decay too
+    assert optimizer.param_groups[0]["lr"] == LR
