@@ -408,12 +408,12 @@ def _line(error: ErrorDetails, prefix: list[str]) -> str:
 
 def _suggest(path: list[str]) -> str:
     """The key that was probably meant: of this section, or of the same name in another one."""
-    *section, word = path
+    *section, word = [part for part in path if not part.isdigit()]  # places in a list
     known = _keys()
-    siblings = {k[-1] for k in known if len(k) == len(path) and _matches(k[:-1], section)}
-    elsewhere = [".".join(k) for k in known if k[-1] == word and k[0] != "stages"]
+    siblings = {k[-1] for k in known if len(k) == len(section) + 1 and _matches(k[:-1], section)}
+    elsewhere = [k for k in known if k[-1] == word and k[0] != "stages"]
     if elsewhere:
-        return f'; did you mean "{elsewhere[0]}"?'
+        return f'; did you mean "{".".join(min(elsewhere, key=len))}"?'
     return nearest(word, siblings) or f"; known: {', '.join(sorted(siblings))}"
 
 
@@ -426,19 +426,21 @@ def _keys() -> list[tuple[str, ...]]:
     paths: list[tuple[str, ...]] = [("defaults",)]
     for name, field in Config.model_fields.items():
         paths.append((name,))
-        if get_origin(field.annotation) is dict and get_args(field.annotation)[1] is Stage:
-            paths += [("defaults", key) for key in Stage.model_fields]
-            paths += [(name, "*", key) for key in Stage.model_fields]
-        paths += [(name, *path) for path in _keys_of(field.annotation)]
+        inner = _keys_of(field.annotation)
+        if get_origin(field.annotation) is dict:
+            paths += [("defaults", *path) for path in inner]
+            paths += [(name, "*", *path) for path in inner]
+        else:
+            paths += [(name, *path) for path in inner]
     return paths
 
 
 def _keys_of(annotation: Any) -> list[tuple[str, ...]]:
-    """The keys of a section, or of one that may be None, and of the sections in it."""
-    return [
-        path
-        for section in get_args(annotation) or (annotation,)
-        if isinstance(section, type) and issubclass(section, Section) and section is not Stage
-        for key, field in section.model_fields.items()
-        for path in [(key,), *((key, *inner) for inner in _keys_of(field.annotation))]
-    ]
+    """The keys of all sections that a type is made of, and of the sections in them."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [
+            path
+            for key, field in annotation.model_fields.items()
+            for path in [(key,), *((key, *inner) for inner in _keys_of(field.annotation))]
+        ]
+    return [path for part in get_args(annotation) for path in _keys_of(part)]

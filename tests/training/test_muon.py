@@ -114,9 +114,9 @@ def test_what_muon_trains_is_told_by_module_types() -> None:
     muon = {p for group in groups if group["kind"] == "muon" for p in group["params"]}
     every = [p for group in groups for p in group["params"]]
     assert len(every) == len(set(every)) == len(list(model.parameters()))
-    wanted: set[Parameter] = set()
+    wanted: set[Tensor] = set()
     for block in [*model.patch_mixer, *model.blocks, model.y_emb_preprocess]:
-        left_out: set[Parameter] = set()
+        left_out: set[Tensor] = set()
         for module in block.modules():
             if isinstance(module, Modulation):
                 left_out.update(module.parameters())
@@ -125,7 +125,7 @@ def test_what_muon_trains_is_told_by_module_types() -> None:
         wanted |= {p for p in block.parameters() if p.dim() >= 2} - left_out
     assert muon == wanted
     # Queries, keys and values are matrices of their own; experts are stacks.
-    counts = {p: group["matrices"] for group in groups for p in group["params"]}
+    counts: dict[Tensor, int] = {p: group["matrices"] for group in groups for p in group["params"]}
     block = model.blocks[1]
     assert isinstance(block, DiTBlock)
     assert isinstance(block.mlp, ExpertChoiceMLP)
