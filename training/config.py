@@ -328,7 +328,7 @@ def resolve(raw: dict[str, Any]) -> Config:
     own = {str(k): _mapping(v, f"stages.{k}") for k, v in stages.items()}
     raw["stages"] = {name: {**noise, **defaults, **stage} for name, stage in own.items()}
     if objective == "edm":
-        raw.setdefault("edm", {})
+        raw["edm"] = _mapping(raw.get("edm"), "edm")
     if raw.get("fidelity") == "released":
         raw["optimizer"] = _mapping(raw.get("optimizer"), "optimizer") | {"expert_lr": 1.0}
         for stage in raw["stages"].values():

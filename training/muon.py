@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypedDict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.adamw import adamw
@@ -69,33 +70,37 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if group["kind"] == "adamw":
-                self._adamw(group, parameters)
-            else:
-                for parameter in parameters:
-                    self._muon(group, parameter)
+            (self._adamw if group["kind"] == "adamw" else self._muon)(group, parameters)
         return loss
 
-    def _muon(self, group: dict[str, Any], parameter: Parameter) -> None:
+    def _muon(self, group: dict[str, Any], parameters: list[Parameter]) -> None:
+        # As many at a time as there are ranks, each of which orthogonalises one.
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        for first in range(0, len(parameters), ranks):
+            some = parameters[first : first + ranks]
+            updates = orthogonalise_together([self._update(group, p) for p in some])
+            for parameter, update in zip(some, updates, strict=True):
+                width_out, width_in = update.shape[-2:]
+                if not group["matrices"]:
+                    width_out, width_in = width_in, width_out
+                if group["scale"] == "rms":
+                    scale = 0.2 * max(width_in, width_out) ** 0.5
+                else:
+                    scale = max(1, width_out / width_in) ** 0.5
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                update = update.view_as(parameter).to(parameter.dtype)
+                parameter.add_(update, alpha=-group["lr"] * scale)
+
+    def _update(self, group: dict[str, Any], parameter: Parameter) -> Tensor:
+        """The gradient's running average, as matrices (N, m, n)."""
         state, grad = self.state[parameter], parameter.grad
         assert grad is not None
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
-        update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        count = group["matrices"]
-        if count:
-            update = update.view(count, -1, update.shape[-1])
-            width_out, width_in = update.shape[-2:]
-        else:
-            width_in, width_out = update.shape[-2:]
-        if group["scale"] == "rms":
-            scale = 0.2 * max(width_in, width_out) ** 0.5
-        else:
-            scale = max(1, width_out / width_in) ** 0.5
-        update = orthogonalise(update).view_as(parameter).to(parameter.dtype)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update, alpha=-group["lr"] * scale)
+        update = state["momentum"].lerp_(grad, 1 - group["momentum"])
+        if group["nesterov"]:
+            update = grad.lerp(update, group["momentum"])
+        return update.reshape(group["matrices"] or len(update), -1, update.shape[-1])
 
     def _adamw(self, group: dict[str, Any], parameters: list[Parameter]) -> None:
         for parameter in parameters:
@@ -125,6 +130,26 @@ class Muon(torch.optim.Optimizer):
         )
 
 
+def orthogonalise_together(updates: list[Tensor]) -> list[Tensor]:
+    """`orthogonalise` for each of no more than one tensor a rank, by that rank; all get all.
+
+    Gradients are the same on all ranks, and so are the results, to the bit.
+    """
+    if not dist.is_initialized():
+        return [orthogonalise(update) for update in updates]
+    results = [
+        orthogonalise(update)
+        if owner == dist.get_rank()
+        else torch.empty_like(update, dtype=_precision(update))
+        for owner, update in enumerate(updates)
+    ]
+    sent = [dist.broadcast(r, owner, async_op=True) for owner, r in enumerate(results)]
+    for work in sent:
+        if work is not None:
+            work.wait()
+    return results
+
+
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Matrices (..., m, n) -> their U V^T, roughly: singular values between about 0.7 and 1.2.
 
@@ -132,7 +157,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     it was made for, and in float32 elsewhere.
     """
     a, b, c = COEFFICIENTS
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    x = matrices.to(_precision(matrices))
     tall = x.shape[-2] > x.shape[-1]
     if tall:  # the smaller Gram matrix
         x = x.mT
@@ -140,4 +165,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     for _ in range(STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    return x.mT.contiguous() if tall else x
+
+
+def _precision(matrices: Tensor) -> torch.dtype:
+    return torch.bfloat16 if matrices.is_cuda else torch.float32

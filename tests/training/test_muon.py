@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,6 +105,43 @@ def test_updates_are_nearly_orthogonal(shape: tuple[int, ...]) -> None:
     singular = torch.linalg.svd(orthogonalise(stretched), full_matrices=False)
     # The same directions: U^T of the one and of the other agree up to order and sign.
     torch.testing.assert_close((singular.U @ singular.Vh).abs(), (u @ v).abs(), atol=5e-2, rtol=0)
+
+
+# argv: the rank, a file to meet at, a file for the results.
+ONE_RANK = """
+import sys, torch
+import torch.distributed as dist
+from tests.training.test_muon import LR, three_steps
+rank, meet, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", f"file://{meet}", rank=rank, world_size=2)
+torch.save(three_steps(), f"{out}{rank}")
+"""
+
+
+def three_steps() -> dict[str, Tensor]:
+    """A network's weights after three steps with gradients that are always the same."""
+    model = network()
+    optimizer = make_optimizer(model, Optimizer(muon=MuonSettings()), LR)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    return model.state_dict()
+
+
+@pytest.mark.slow
+def test_ranks_share_the_work(tmp_path: Path) -> None:
+    """Each orthogonalises its part; the weights are those of one rank, to the last bit."""
+    arguments = [str(tmp_path / "meet"), str(tmp_path / "weights")]
+    command = [sys.executable, "-W", "ignore", "-c", ONE_RANK]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([*command, str(r), *arguments], env=env) for r in range(2)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    expected = three_steps()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"weights{rank}")
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_a_zero_gradient_moves_nothing_but_decay() -> None:
