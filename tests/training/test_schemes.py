@@ -19,12 +19,14 @@ from torch import Tensor
 
 from tests.training.networks import SMALL, random_model
 from training.decoder import DecoderBlock
-from training.denoiser import EDM
 from training.dit import MicroDiT, Text
 from training.masking import MASKS
 from training.masking.ratio import RatioSchedule
 from training.masking.scheme import make_scheme
 from training.model import DiffusionModel, Objective
+from training.objectives.denoiser import Denoiser
+from training.objectives.edm import EDM
+from training.objectives.flow import Flow
 from training.randomness import Draws, Rows, draw
 from training.sampler import sample
 
@@ -54,7 +56,7 @@ def batch_of(size: int = BATCH) -> dict[str, Tensor]:
 
 def model_of(network: MicroDiT, name: str, ratio: float | RatioSchedule = RATIO) -> DiffusionModel:
     objective = Objective(
-        edm=EDM(),
+        denoiser=EDM(),
         mask=make_scheme(name, SETTINGS.get(name)),
         mask_ratio=ratio,
         caption_drop=0.0,
@@ -253,6 +255,29 @@ def test_loss_counts_the_patches_that_are_not_dropped(name: str) -> None:
         assert differs.all() if name == "maskdit" else torch.equal(differs, ~same)
     assert torch.equal(torch.stack(lost, dim=1), mask.mask.bool())
     assert torch.stack(lost).sum() == (0 if name == "tread" else BATCH * 12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("denoiser", [EDM(), Flow()], ids=lambda denoiser: denoiser.name)
+def test_either_objective_reconstructs_its_own_noisy_input(denoiser: Denoiser) -> None:
+    net, batch, draws = network_of("maskdit"), batch_of(), draws_of()
+    scheme = make_scheme("maskdit")
+    mask = scheme.draw(draws.mask, RATIO)
+    extra = scheme.extra_loss()
+    assert mask is not None
+    assert extra is not None
+    x, level, y = batch["latents"], denoiser.level(draws.level), batch["y"]
+    s = level.double().view(-1, 1, 1, 1)
+    noisy = (1 - s) * x + s * draws.noise if denoiser.name == "flow" else x + s * draws.noise
+    expected = denoiser.loss(net, x, level, draws.noise, y, mask=mask)
+    expected += extra(noisy, denoiser.denoise(net, noisy, level, y=y, mask=mask), mask)
+    actual = denoiser.loss(net, x, level, draws.noise, y, mask=mask, extra=extra)
+    torch.testing.assert_close(actual, expected)
+    # Without a mask there is nothing to reconstruct.
+    assert torch.equal(
+        denoiser.loss(net, x, level, draws.noise, y, extra=extra),
+        denoiser.loss(net, x, level, draws.noise, y),
+    )
 
 
 @torch.no_grad()
