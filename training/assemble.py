@@ -6,6 +6,7 @@ an interrupted run cannot differ from an uninterrupted one.
 
 from __future__ import annotations
 
+import pkgutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +20,13 @@ from pipeline.core.errors import SettingError
 from training import folder, weights
 from training.callbacks import ClipGradients, SaveCheckpoints, StepFunctions, StopAtNaN
 from training.checkpoints import CheckpointState, allow_only_data, read
-from training.config import Config
-from training.denoiser import EDM
+from training.config import Config, Power
 from training.dit import MicroDiT
 from training.ema import EMA
 from training.folder import StageFolder
 from training.loader import global_rows, make_dataset, make_loader
 from training.model import DiffusionModel, Objective
+from training.objectives import OBJECTIVES
 from training.optim import make_optimizer
 from training.preflight import Plan, network_config, world_size
 from training.progress import Progress
@@ -66,8 +67,8 @@ def _run_stage(
     resume = path.checkpoints()[-1] if path.checkpoints() else None
     start = read(before) if before is not None and resume is None else None
     model = DiffusionModel(_network(plan, name, start, resume), _objective(plan, name))
-    average = start.average if start else None
-    ema = EMA(model.dit, stage.ema, stage.ema_start, average)
+    averages = start.averages if start else None
+    ema = EMA(model.dit, stage.averages(), stage.ema_start, averages)
     trainer = _trainer(plan, name, path, model, [ema, *callbacks], resume)
     if start is not None and stage.keep_moments:
         start.restore_moments(trainer.state)
@@ -85,8 +86,9 @@ def _run_stage(
 
 def _objective(plan: Plan, name: str) -> Objective:
     config, stage = plan.config, plan.config.stages[name]
+    denoiser = pkgutil.resolve_name(OBJECTIVES[config.objective])
     return Objective(
-        edm=EDM(**config.edm.model_dump(), p_mean=stage.p_mean, p_std=stage.p_std),
+        denoiser=denoiser(**config.objective_settings(stage)),
         mask=stage.scheme(),
         mask_ratio=stage.mask_ratio,
         caption_drop=config.data.caption_drop,
@@ -141,7 +143,7 @@ def _trainer(
                 loader, get_num_samples_in_batch=lambda batch: len(batch["latents"])
             ),
             max_duration=f"{stage.steps}ba",
-            optimizers=make_optimizer(model.parameters(), config.optimizer, stage.lr),
+            optimizers=make_optimizer(model, config.optimizer, stage.lr),
             callbacks=[
                 StepFunctions(model, stage),
                 ClipGradients(stage.clip),
@@ -171,16 +173,15 @@ def _trainer(
 
 
 def _export(plan: Plan, name: str, path: StageFolder, model: DiffusionModel, ema: EMA) -> None:
-    """The finished stage's weights, also as those of the run."""
+    """The finished stage's weights, the first average of them also as those of the run."""
     config, stage, sources = plan.config, plan.config.stages[name], plan.data[name]
-    averaged = stage.ema is not None and stage.steps >= stage.ema_start
-    passport = weights.Passport(
+    live = weights.Passport(
         run=config.name,
         stage=name,
         step=stage.steps,
-        weights="ema" if averaged else "live",
-        ema=stage.ema if averaged else None,
-        **weights.facts(model.dit, model.objective.edm),
+        weights="live",
+        ema=None,
+        **weights.facts(model.dit, model.objective.denoiser),
         resolution=stage.resolution,
         vae=sources[0].latents.vae,
         text_encoder=sources[0].text.text_encoder,
@@ -191,10 +192,16 @@ def _export(plan: Plan, name: str, path: StageFolder, model: DiffusionModel, ema
         attribution=weights.attributions([source.name for source in sources]),
         config=config.model_dump(mode="json"),
     )
-    if averaged:
-        live = passport.model_copy(update={"weights": "live", "ema": None})
+    if not stage.ema or stage.steps < stage.ema_start:
+        weights.save(path.model, model.dit, {}, live)
+    else:
         weights.save(path.live, model.dit, {}, live)
-    weights.save(path.model, model.dit, ema.averaged(), passport)
+        # The first comes last: with it the stage is finished.
+        for number, (average, profile) in reversed([*enumerate(stage.averages().items())]):
+            kind = average if isinstance(profile, Power) else profile
+            passport = live.model_copy(update={"weights": "ema", "ema": kind})
+            file = path.average(average) if number else path.model
+            weights.save(file, model.dit, ema.averaged(average), passport)
     folder.link(path.model, config.run_folder() / folder.MODEL)
 
 

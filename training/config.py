@@ -119,15 +119,32 @@ class Model(Section):
 
 
 class Edm(Section):
-    """Noise levels and preconditioning that all stages share; see training.denoiser.EDM."""
+    """What all stages share of objective edm; see training.objectives.edm.EDM."""
 
     sigma_data: Positive = 0.9
     sigma_min: Positive = 0.002
     sigma_max: Positive = 80.0
 
 
+# Objective -> the settings of a stage that it alone reads, with their defaults: how noise levels
+# are drawn in training, and flow's shift of them.
+NOISE: dict[str, dict[str, float]] = {
+    "edm": {"p_mean": -0.6, "p_std": 1.2},
+    "flow": {"logit_mean": 0.0, "logit_std": 1.0, "shift": 1.0},
+}
+
+
+class Muon(Section):
+    """Muon for the matrices of the blocks, AdamW for all else; see training.muon.Muon."""
+
+    lr: Positive = 1.0  # times the stage's lr
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    nesterov: bool = True
+    scale: Literal["rms", "spectral"] = "rms"  # of an update: AdamW's (Moonlight), or Muon's own
+
+
 class Optimizer(Section):
-    """AdamW, on every parameter; the learning rate belongs to the stages."""
+    """AdamW, and where `muon` is given Muon too; the learning rate belongs to the stages."""
 
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
@@ -135,6 +152,29 @@ class Optimizer(Section):
     ] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    expert_lr: Positive = 0.5  # of the mixture-of-experts layers, times what it is elsewhere
+    muon: Muon | None = None
+
+
+class Power(Section):
+    """A power-function average (Karras et al. 2024, arXiv 2312.02696): of all steps, most of the
+    last; `power` is its width relative to the training so far, sigma_rel of equation 2."""
+
+    power: Annotated[float, Field(gt=0, lt=0.28)]
+
+
+Decay = Annotated[float, Field(gt=0, lt=1)]  # of an exponential average, a step
+Profile = Annotated[
+    Annotated[Decay, Tag("[decay]")] | Annotated[Power, Tag("[power]")],
+    Discriminator(lambda value: "[power]" if isinstance(value, dict | Power) else "[decay]"),
+]
+# One average of the weights or several: 0.9999, {power: 0.1}, [0.9999, {power: 0.1}]. The first is
+# what the stage's model.safetensors holds.
+Averages = Annotated[
+    Annotated[Profile, Tag("[one]")]
+    | Annotated[list[Profile], Field(min_length=1), Tag("[several]")],
+    Discriminator(lambda value: "[several]" if isinstance(value, list) else "[one]"),
+]
 
 
 class Stage(Section):
@@ -153,12 +193,15 @@ class Stage(Section):
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0  # steps of linear warm-up, then the schedule
     final_lr: Share = 0.0  # where cosine ends, as a share of lr
-    p_mean: float = -0.6  # of ln(sigma)
-    p_std: Positive = 1.2
+    p_mean: float | None = None  # edm: of ln(sigma); default -0.6
+    p_std: Positive | None = None  # edm; default 1.2
+    logit_mean: float | None = None  # flow: of logit(t); default 0
+    logit_std: Positive | None = None  # flow; default 1
+    shift: Positive | None = None  # flow: towards noise, where there are more pixels; default 1
     clip: Positive | None = None  # largest global gradient norm
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay a step; none: no average
-    ema_start: Annotated[int, Field(ge=0)] = 0  # the average restarts at the weights of this step
-    keep_moments: bool = False  # go on with the previous stage's AdamW moments
+    ema: Averages | None = None  # averages of the weights; none: no average
+    ema_start: Annotated[int, Field(ge=0)] = 0  # the averages restart at the weights of this step
+    keep_moments: bool = False  # go on with the previous stage's moments of the optimizer
     save_every: Count = 1000  # steps between checkpoints
 
     @model_validator(mode="after")
@@ -176,6 +219,8 @@ class Stage(Section):
             raise ValueError(f"warmup {self.warmup}: must be shorter than steps {self.steps}")
         if self.ema_start and self.ema is None:
             raise ValueError(f"ema_start {self.ema_start} without ema: give a decay, e.g. 0.9999")
+        if isinstance(self.ema, list) and len(self.averages()) < len(self.ema):
+            raise ValueError(f"ema {', '.join(self.averages())}: one of them is there twice")
         return self
 
     def scheme(self) -> Scheme:
@@ -186,6 +231,15 @@ class Stage(Section):
         """
         settings = {"mask_block": self.mask_block, "tread_blocks": self.tread_blocks}
         return make_scheme(self.mask, settings)
+
+    def averages(self) -> dict[str, float | Power]:
+        """The averages of the weights by name, which is also part of their files' names."""
+        profiles = self.ema if isinstance(self.ema, list) else [self.ema]
+        return {
+            f"power-{profile.power}" if isinstance(profile, Power) else str(profile): profile
+            for profile in profiles
+            if profile is not None
+        }
 
 
 class Logging(Section):
@@ -211,15 +265,41 @@ class Config(Section):
     folder: str = ""  # default runs/<name>
     seed: Annotated[int, Field(ge=0)] = 18
     precision: Literal["auto", "fp32", "amp_bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
+    # released: as the published code trains, which applies neither its averages of the weights nor
+    # its experts' learning rate; `resolve` sets ema and optimizer.expert_lr to what that means.
+    fidelity: Literal["intended", "released"] = "intended"
     dry_run: bool = False  # print the resolved config and the costs, train nothing
     data: Data
     model: Model
-    edm: Edm = Edm()
+    objective: Literal["edm", "flow"] = "edm"  # see training.objectives
+    edm: Edm | None = None  # of objective edm
     optimizer: Optimizer = Optimizer()
     logging: Logging = Logging()
     checkpoint: Checkpoint = Checkpoint()
     estimate: Estimate = Estimate()
     stages: dict[Annotated[str, Field(pattern=STAGE_NAME)], Stage]
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.edm is not None and self.objective != "edm":
+            raise ValueError(f"edm: not read by objective {self.objective}; remove the section")
+        for name, stage in self.stages.items():
+            for objective, keys in NOISE.items():
+                for key in keys:
+                    if (getattr(stage, key) is None) == (objective == self.objective):
+                        raise ValueError(f"stages.{name}.{key}: {self._why_not(key)}")
+        return self
+
+    def _why_not(self, key: str) -> str:
+        own = NOISE[self.objective]
+        if key in own:
+            return f"objective {self.objective} needs a number; its default is {own[key]:g}"
+        return f"not read by objective {self.objective}, which reads {', '.join(own)}"
+
+    def objective_settings(self, stage: Stage) -> dict[str, float]:
+        """The fields of the objective's dataclass at a stage."""
+        shared = self.edm.model_dump() if self.edm else {}
+        return shared | {key: getattr(stage, key) for key in NOISE[self.objective]}
 
     def run_folder(self) -> Path:
         return Path(self.folder or f"runs/{self.name}")
@@ -253,7 +333,8 @@ def load(arguments: Sequence[str]) -> Config:
 
 
 def resolve(raw: dict[str, Any]) -> Config:
-    """A nested mapping as a YAML file holds it -> the config, each stage completed by `defaults`.
+    """A nested mapping as a YAML file holds it -> the config, each stage completed by `defaults`,
+    then by what the objective and `fidelity` imply.
 
     Raises:
         SettingError: a key that is unknown or missing, or a value of a wrong type; a line each.
@@ -270,9 +351,18 @@ def resolve(raw: dict[str, Any]) -> Config:
         wrong = [e for e in error.errors() if e["type"] not in ("missing", "value_error")]
         if wrong:
             raise SettingError(_lines(wrong, ["defaults"])) from error
-    merged = {str(k): {**defaults, **_mapping(v, f"stages.{k}")} for k, v in stages.items()}
+    objective = raw.setdefault("objective", "edm")
+    noise = NOISE.get(objective, {}) if isinstance(objective, str) else {}
+    own = {str(k): _mapping(v, f"stages.{k}") for k, v in stages.items()}
+    raw["stages"] = {name: {**noise, **defaults, **stage} for name, stage in own.items()}
+    if objective == "edm":
+        raw["edm"] = _mapping(raw.get("edm"), "edm")
+    if raw.get("fidelity") == "released":
+        raw["optimizer"] = _mapping(raw.get("optimizer"), "optimizer") | {"expert_lr": 1.0}
+        for stage in raw["stages"].values():
+            stage.update(ema=None, ema_start=0)
     try:
-        return Config.model_validate({**raw, "stages": merged})
+        return Config.model_validate(raw)
     except ValidationError as error:
         raise SettingError(_lines(error.errors(), [])) from error
 
@@ -358,7 +448,7 @@ def _line(error: ErrorDetails, prefix: list[str]) -> str:
         where = " (there or in defaults)" if path[0] == "stages" else ""
         return f"{key}: missing; give it a value{where}"
     if error["type"] == "value_error":
-        return f"{key}: {error['msg'].removeprefix('Value error, ')}"
+        return f"{key}: {error['msg'].removeprefix('Value error, ')}".removeprefix(": ")
     shown = repr(error["input"])
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     message = f"{key}={shown}: {error['msg'][0].lower()}{error['msg'][1:]}"
@@ -369,12 +459,12 @@ def _line(error: ErrorDetails, prefix: list[str]) -> str:
 
 def _suggest(path: list[str]) -> str:
     """The key that was probably meant: of this section, or of the same name in another one."""
-    *section, word = path
+    *section, word = [part for part in path if not part.isdigit()]  # places in a list
     known = _keys()
-    siblings = {k[-1] for k in known if len(k) == len(path) and _matches(k[:-1], section)}
-    elsewhere = [".".join(k) for k in known if k[-1] == word and k[0] != "stages"]
+    siblings = {k[-1] for k in known if len(k) == len(section) + 1 and _matches(k[:-1], section)}
+    elsewhere = [k for k in known if k[-1] == word and k[0] != "stages"]
     if elsewhere:
-        return f'; did you mean "{elsewhere[0]}"?'
+        return f'; did you mean "{".".join(min(elsewhere, key=len))}"?'
     return nearest(word, siblings) or f"; known: {', '.join(sorted(siblings))}"
 
 
@@ -387,13 +477,22 @@ def _keys() -> list[tuple[str, ...]]:
     paths: list[tuple[str, ...]] = [("defaults",)]
     for name, field in Config.model_fields.items():
         paths.append((name,))
-        section: Any = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            paths += [(name, key) for key in section.model_fields]
-        elif get_origin(section) is dict and get_args(section)[1] is Stage:
-            paths += [("defaults", key) for key in Stage.model_fields]
-            paths += [(name, "*", key) for key in Stage.model_fields]
-            schedule = [field.alias or key for key, field in RatioSchedule.model_fields.items()]
-            paths += [("defaults", "mask_ratio", key) for key in schedule]
-            paths += [(name, "*", "mask_ratio", key) for key in schedule]
+        inner = _keys_of(field.annotation)
+        if get_origin(field.annotation) is dict:
+            paths += [("defaults", *path) for path in inner]
+            paths += [(name, "*", *path) for path in inner]
+        else:
+            paths += [(name, *path) for path in inner]
     return paths
+
+
+def _keys_of(annotation: Any) -> list[tuple[str, ...]]:
+    """The keys of all sections that a type is made of, and of the sections in them."""
+    if isinstance(annotation, type) and issubclass(annotation, Section | RatioSchedule):
+        return [
+            path
+            for key, field in annotation.model_fields.items()
+            for name in [field.alias or key]
+            for path in [(name,), *((name, *inner) for inner in _keys_of(field.annotation))]
+        ]
+    return [path for part in get_args(annotation) for path in _keys_of(part)]

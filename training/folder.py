@@ -4,6 +4,7 @@
     <stage>/settings.json           what this stage was begun with
     <stage>/step-00000200.pt        Composer checkpoint; the last one of a finished stage stays
     <stage>/model.safetensors       averaged weights of the finished stage, with their passport
+    <stage>/ema-NAME.safetensors    further averages of them, e.g. ema-power-0.1
     <stage>/live.safetensors        the weights themselves, where an average was kept
     model.safetensors               of the last finished stage
 
@@ -39,6 +40,9 @@ class StageFolder:
     @property
     def live(self) -> Path:
         return self.path / "live.safetensors"
+
+    def average(self, name: str) -> Path:
+        return self.path / f"ema-{name}.safetensors"
 
     @property
     def settings(self) -> Path:
@@ -112,7 +116,8 @@ def decisive_settings(plan: Plan, name: str) -> dict[str, Any]:
         "text_encoder": source.text.text_encoder.model_dump(mode="json"),
         "model": config.model.model_dump(mode="json", exclude_none=True),
         "base_resolution": config.base_resolution(),
-        "edm": config.edm.model_dump(mode="json"),
+        "objective": config.objective,
+        "edm": config.edm.model_dump(mode="json") if config.edm else None,
         "optimizer": config.optimizer.model_dump(mode="json"),
         "stage": own,
     }

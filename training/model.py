@@ -8,11 +8,11 @@ import torch
 from composer.models import ComposerModel
 from torch import Tensor
 
-from training.denoiser import EDM
 from training.dit import MicroDiT
 from training.flops import flops_per_image
 from training.masking.ratio import RatioSchedule, ratio_at
 from training.masking.scheme import Scheme
+from training.objectives.denoiser import Denoiser
 from training.randomness import Draws, Rows, draw
 
 STEP_PASSES = 3  # forward FLOPs in a training step: forward, and twice that backward
@@ -22,7 +22,7 @@ STEP_PASSES = 3  # forward FLOPs in a training step: forward, and twice that bac
 class Objective:
     """What a stage asks of the network, and the key of its random numbers."""
 
-    edm: EDM
+    denoiser: Denoiser
     mask: Scheme
     mask_ratio: float | RatioSchedule
     caption_drop: float
@@ -53,10 +53,10 @@ class DiffusionModel(ComposerModel):
         y, y_mask = drop_captions(
             batch["y"], batch.get("y_mask"), batch["drop"] < objective.caption_drop
         )
-        return objective.edm.loss(
+        return objective.denoiser.loss(
             self.dit,
             batch["latents"],
-            objective.edm.sigma(draws.level[index]),
+            objective.denoiser.level(draws.level[index]),
             draws.noise[index],
             y,
             y_mask,

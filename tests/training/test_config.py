@@ -19,7 +19,7 @@ from pipeline.core.errors import SettingError
 from pipeline.core.store import Store
 from tests.training.groups import Encoders, make_encoders, make_source, settings
 from training import folder
-from training.config import Config, Model, load, resolve
+from training.config import NOISE, Config, Model, load, resolve
 from training.masking.ratio import ratio_at
 from training.masking.tread import Tread
 from training.preflight import MissingData, check
@@ -271,6 +271,48 @@ def test_a_stage_begun_before_a_setting_existed_goes_on(
             "data.latents='moment': input should be 'mean', 'sample'",
         ),
         ("data.crop", "none", "data.crop='none': input should be 'center' or 'random'"),
+        (
+            "objective",
+            "flwo",
+            "objective='flwo': input should be 'edm' or 'flow'; did you mean \"flow",
+        ),
+        ("objective", ["edm"], "objective=['edm']: input should be 'edm' or 'flow'"),
+        (
+            "stages.full.shift",
+            2.0,
+            "stages.full.shift: not read by objective edm, which reads p_mean",
+        ),
+        (
+            "stages.full.p_mean",
+            None,
+            "stages.full.p_mean: objective edm needs a number; its default is -0.6",
+        ),
+        ("stages.full.ema", 1.0, "stages.full.ema=1.0: input should be less than 1"),
+        ("stages.full.ema", "0.9", "stages.full.ema='0.9': input should be a valid number"),
+        ("stages.full.ema", [], "stages.full.ema=[]: list should have at least 1 item"),
+        ("stages.full.ema", [0.9, 0.9], "stages.full: ema 0.9: one of them is there twice"),
+        (
+            "stages.full.ema",
+            {"power": 0.5},
+            "stages.full.ema.power=0.5: input should be less than 0.28",
+        ),
+        (
+            "optimizer.muon.momentum",
+            1.0,
+            "optimizer.muon.momentum=1.0: input should be less than 1",
+        ),
+        (
+            "optimizer.muon.nestrov",
+            True,
+            'optimizer.muon.nestrov: unknown key; did you mean "nesterov"?',
+        ),
+        ("optimizer.expert_lr", 0, "optimizer.expert_lr=0: input should be greater than 0"),
+        (
+            "optimizer.momentum",
+            0.9,
+            'optimizer.momentum: unknown key; did you mean "optimizer.muon.momentum"?',
+        ),
+        ("fidelity", "paper", "fidelity='paper': input should be 'intended' or 'released'"),
     ],
 )
 def test_mistakes_name_the_key_and_the_remedy(
@@ -280,6 +322,108 @@ def test_mistakes_name_the_key_and_the_remedy(
         resolve(changed(raw, key, value))
     assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_key_in_a_list_is_told_too(raw: dict[str, Any]) -> None:
+    with pytest.raises(SettingError) as error:
+        resolve(changed(raw, "stages.full.ema", [0.9, {"powr": 0.1}]))
+    assert str(error.value).splitlines() == [
+        "stages.full.ema.1.power: missing; give it a value (there or in defaults)",
+        'stages.full.ema.1.powr: unknown key; did you mean "power"?',
+    ]
+
+
+def test_each_objective_has_its_own_settings(raw: dict[str, Any]) -> None:
+    edm = resolve(raw)
+    assert edm.objective_settings(edm.stages["full"]) == {
+        "sigma_data": 0.9,
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "p_mean": -0.6,
+        "p_std": 1.2,
+    }
+    raw = changed(changed(raw, "objective", "flow"), "defaults.shift", 2)
+    flow = resolve(changed(raw, "stages.full.logit_mean", 0.5))
+    settings = [flow.objective_settings(stage) for stage in flow.stages.values()]
+    assert settings[0] == {"logit_mean": 0.0, "logit_std": 1.0, "shift": 2.0}
+    assert settings[1] == {"logit_mean": 0.5, "logit_std": 1.0, "shift": 2.0}
+    for key in ("stages.full.p_std", "defaults.p_mean"):
+        with pytest.raises(
+            SettingError, match=r"p_\w+: not read by objective flow, which reads logit"
+        ):
+            resolve(changed(raw, key, 1.0))
+    with pytest.raises(
+        SettingError, match=r"^edm: not read by objective flow; remove the section$"
+    ):
+        resolve(changed(raw, "edm.sigma_data", 0.5))
+
+
+@pytest.mark.parametrize("objective", ["edm", "flow"])
+def test_every_field_of_an_objective_is_a_setting(raw: dict[str, Any], objective: str) -> None:
+    """Names and defaults cannot drift apart."""
+    from pkgutil import resolve_name
+
+    from training.objectives import OBJECTIVES
+
+    kind = resolve_name(OBJECTIVES[objective])
+    config = resolve(changed(raw, "objective", objective))
+    assert kind(**config.objective_settings(config.stages["full"])) == kind()
+    assert config.objective_settings(config.stages["full"]).keys() == {f.name for f in fields(kind)}
+    assert OBJECTIVES.keys() == NOISE.keys()
+    assert kind.name == objective
+
+
+def test_averages_by_name(raw: dict[str, Any]) -> None:
+    def names(ema: Any) -> list[str]:
+        return list(resolve(changed(raw, "stages.full.ema", ema)).stages["full"].averages())
+
+    assert names(0.99975) == ["0.99975"]
+    assert names({"power": 0.1}) == ["power-0.1"]
+    assert names([0.9, {"power": 0.05}, 0.999]) == ["0.9", "power-0.05", "0.999"]
+    assert names(None) == []
+
+
+def test_the_papers_two_readings(raw: dict[str, Any]) -> None:
+    """The published code applies neither the average nor the experts' rate that its YAML names."""
+    path = str(ROOT / "yamls/1b.yaml")
+    intended, released = load([path]), load([path, "fidelity=released"])
+    assert intended.optimizer.expert_lr == 0.5
+    assert [list(s.averages()) for s in intended.stages.values()] == [
+        [],
+        [],
+        ["0.99975"],
+        ["0.9975"],
+    ]
+    assert released.optimizer.expert_lr == 1.0
+    assert [(s.ema, s.ema_start) for s in released.stages.values()] == [(None, 0)] * 4
+    # Nothing else differs.
+    same = {"fidelity": "intended", "optimizer": intended.optimizer, "stages": intended.stages}
+    assert released.model_copy(update=same) == intended
+    for name, stage in released.stages.items():
+        averages = {key: getattr(intended.stages[name], key) for key in ("ema", "ema_start")}
+        assert stage.model_copy(update=averages) == intended.stages[name]
+    # A resolved config says the same once more, and what is said of either is overruled.
+    assert Config.model_validate(released.model_dump(mode="json")) == released
+    assert (
+        resolve(
+            changed(changed(raw, "optimizer.expert_lr", 0.1), "fidelity", "released")
+        ).optimizer.expert_lr
+        == 1
+    )
+
+
+def test_the_demo_keeps_its_measured_recipe() -> None:
+    assert load([str(ROOT / "yamls/demo.yaml")]).optimizer.expert_lr == 1.0
+
+
+def test_muon_from_an_argument(raw: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    assert load([str(path)]).optimizer.muon is None
+    muon = load([str(path), "optimizer.muon={}"]).optimizer.muon
+    assert muon is not None
+    assert (muon.lr, muon.momentum, muon.scale) == (1.0, 0.95, "rms")
+    assert load([str(path), "optimizer.muon.scale=spectral"]).optimizer.muon != muon
 
 
 def test_weights_from_a_file_and_from_arguments(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from tests.training.networks import SMALL, random_model
 from training.decoder import DecoderBlock
-from training.denoiser import EDM
 from training.dit import MicroDiT, Text
 from training.masking import MASKS
 from training.masking.ratio import RatioSchedule
 from training.masking.scheme import make_scheme
 from training.model import DiffusionModel, Objective
+from training.objectives.denoiser import Denoiser
+from training.objectives.edm import EDM
+from training.objectives.flow import Flow
 from training.randomness import Draws, Rows, draw
 from training.sampler import sample
 
@@ -54,7 +56,7 @@ def batch_of(size: int = BATCH) -> dict[str, Tensor]:
 
 def model_of(network: MicroDiT, name: str, ratio: float | RatioSchedule = RATIO) -> DiffusionModel:
     objective = Objective(
-        edm=EDM(),
+        denoiser=EDM(),
         mask=make_scheme(name, SETTINGS.get(name)),
         mask_ratio=ratio,
         caption_drop=0.0,
@@ -256,6 +258,29 @@ def test_loss_counts_the_patches_that_are_not_dropped(name: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("denoiser", [EDM(), Flow()], ids=lambda denoiser: denoiser.name)
+def test_either_objective_reconstructs_its_own_noisy_input(denoiser: Denoiser) -> None:
+    net, batch, draws = network_of("maskdit"), batch_of(), draws_of()
+    scheme = make_scheme("maskdit")
+    mask = scheme.draw(draws.mask, RATIO)
+    extra = scheme.extra_loss()
+    assert mask is not None
+    assert extra is not None
+    x, level, y = batch["latents"], denoiser.level(draws.level), batch["y"]
+    s = level.double().view(-1, 1, 1, 1)
+    noisy = (1 - s) * x + s * draws.noise if denoiser.name == "flow" else x + s * draws.noise
+    expected = denoiser.loss(net, x, level, draws.noise, y, mask=mask)
+    expected += extra(noisy, denoiser.denoise(net, noisy, level, y=y, mask=mask), mask)
+    actual = denoiser.loss(net, x, level, draws.noise, y, mask=mask, extra=extra)
+    torch.testing.assert_close(actual, expected)
+    # Without a mask there is nothing to reconstruct.
+    assert torch.equal(
+        denoiser.loss(net, x, level, draws.noise, y, extra=extra),
+        denoiser.loss(net, x, level, draws.noise, y),
+    )
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["naive", "maskdit"])
 def test_dropped_patches_are_never_seen(name: str) -> None:
     net, batch, draws = network_of(name, mixer_depth=2), batch_of(), draws_of()
@@ -285,6 +310,19 @@ def test_routed_tokens_are_seen_by_the_blocks_around() -> None:
         changed[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] += 1
         seen = net(changed, level, batch["y"], mask=mask)
         assert ((seen - out).abs() > 1e-6).flatten(1).sum(dim=1).min() > 16  # not its own alone
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MASKING)
+def test_bfloat16_autocast_stays_close(name: str) -> None:
+    # Without experts, whose choices bfloat16 may change; with a projection that autocast computes
+    # in bfloat16, so that tokens which leave and rejoin have that precision too.
+    net = network_of(name, moe_every=0, mixer_depth=2).float()
+    batch = {k: v.float() if v.is_floating_point() else v for k, v in batch_of().items()}
+    expected = model_of(net, name)(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model_of(net, name)(batch)
+    assert (loss - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.denoiser import EDM
 from training.masking.deferred import Deferred
+from training.objectives.edm import EDM
 
 GENERATOR = torch.Generator().manual_seed(0)
 LATENTS = torch.randn(3, 4, 8, 8, generator=GENERATOR)
@@ -123,7 +123,7 @@ def test_precision(stored: torch.dtype, computed: torch.dtype) -> None:
 def test_training_noise_levels_are_log_normal() -> None:
     normal = torch.tensor([-1.0, 0.0, 2.0])
     expected = [math.exp(-0.6), 1.0, math.exp(1.2)]
-    assert EDM(p_mean=0.0, p_std=0.6).sigma(normal).tolist() == pytest.approx(expected)
+    assert EDM(p_mean=0.0, p_std=0.6).level(normal).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
