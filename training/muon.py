@@ -135,7 +135,7 @@ def orthogonalise_together(updates: list[Tensor]) -> list[Tensor]:
 
     Gradients are the same on all ranks, and so are the results, to the bit.
     """
-    if not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return [orthogonalise(update) for update in updates]
     results = [
         orthogonalise(update)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from training.preflight import Plan, check
 # Composer's and streaming's own warnings; ours go through SettingError.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+ROOT = Path(__file__).parents[2]
 FLOW_AND_MUON: dict[str, Any] = {"objective": "flow", "optimizer": {"muon": {}}}
 
 
@@ -179,6 +183,23 @@ def test_moments_of_muon_go_on(
     kept = whole[1].losses
     assert kept["toy-full 1"] == fresh.losses["toy-full 1"]  # the same weights and noise
     assert kept["toy-full 3"] != fresh.losses["toy-full 3"]
+
+
+@pytest.mark.slow
+def test_two_ranks_share_muon(data: dict[str, Any], tmp_path: Path) -> None:
+    """Both stages on two ranks, moments handed over: one rank's weights, to rounding."""
+    model = data["model"] | {"mixer_depth": 1}  # no experts: routing flips on ties
+    raw = {**data, **FLOW_AND_MUON, "model": model}
+    assemble.run(plan_of(raw, tmp_path / "alone"))
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(raw | {"folder": str(tmp_path / "run")}))
+    command = [Path(sys.executable).parent / "composer", "-n", "2", "training/train.py", path]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    expected = load_file(tmp_path / "alone/full/live.safetensors")
+    found = load_file(tmp_path / "run/full/live.safetensors")
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, atol=1e-3), name
 
 
 def test_moments_do_not_go_over_to_another_optimizer(
