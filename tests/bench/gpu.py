@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from tests.bench.rows import REPEATS, Row, show
 from tests.oracle import plain
-from training.denoiser import EDM
 from training.dit import MicroDiT
 from training.dit_config import MODELS, DiTConfig
 from training.flops import flops_per_image
 from training.masking.scheme import make_scheme
+from training.objectives.edm import EDM
 
 #: name -> (latent side, share of dropped patches, microbatch, wanted MFU). Official microbatches
 #: are 256, 64, 32 and 16 a GPU.
@@ -132,7 +132,7 @@ def _step(
     edm, scheme = EDM(), make_scheme("deferred")
 
     def step() -> Tensor:
-        sigma = edm.sigma(torch.randn(batch, device=device))
+        sigma = edm.level(torch.randn(batch, device=device))
         noise = torch.rand(batch, config.tokens, device=device)
         mask = scheme.draw(noise, ratio)
 

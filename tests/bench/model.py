@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from tests.bench.rows import REPEATS, Row, seconds
 from tests.oracle import plain
-from training.denoiser import EDM
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
 from training.masking.scheme import make_scheme
+from training.objectives.edm import EDM
 
 #: name -> (latent side, share of dropped patches, batch): the two settings that are claimed first.
 SETTINGS = {

@@ -15,7 +15,8 @@ from training.dit_config import DiTConfig
 from training.masking import MASKS
 from training.masking.block import Block
 from training.masking.deferred import Deferred
-from training.masking.ratio import RatioSchedule, kept_tokens, ratio_at, ratio_steps
+from training.masking.kept import kept_tokens
+from training.masking.ratio import RatioSchedule, ratio_at, ratio_steps
 from training.masking.scheme import Scheme, make_scheme
 
 SETTINGS = {"block": {"mask_block": 2}, "tread": {"tread_blocks": (1, 2)}}

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.oracle import plain
-from training.denoiser import EDM
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
 from training.masking.scheme import make_scheme
+from training.objectives.edm import EDM
 
 CONFIG = DiTConfig(
     input_size=16,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from training.masking.ratio import kept_tokens
+from training.masking.kept import kept_tokens
 from training.masking.scheme import Scheme
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import nearest
 from training.masking import MASKS
-from training.masking.ratio import kept_tokens
+from training.masking.kept import kept_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
