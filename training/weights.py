@@ -7,6 +7,7 @@ metadata key "microdit".
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -68,15 +69,44 @@ def save(path: Path, network: MicroDiT, averaged: dict[str, Tensor], passport: P
     Args:
         averaged: replaces the network's own parameters of these names.
     """
-    state = {**network.state_dict(), **averaged}  # detached
-    tensors = {name: value.cpu().contiguous() for name, value in state.items()}
+    write(path, {**network.state_dict(), **averaged}, passport)  # detached
+
+
+def write(path: Path, tensors: dict[str, Tensor], passport: Passport) -> None:
+    """Tensors as they are, of whatever type; the file appears whole under its name, or not at all.
+
+    Raises:
+        OSError: no room, or no right to write there.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
-        save_file(tensors, part, {METADATA_KEY: passport.model_dump_json()})
+        _save_file(
+            {name: value.cpu().contiguous() for name, value in tensors.items()},
+            part,
+            {METADATA_KEY: passport.model_dump_json()},
+        )
         part.chmod(0o644)  # safetensors gives the owner alone access
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(" ".join(str(error).split())) from error
+
+
+def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a weights file, in the types in which they are stored."""
+    return load_file(path, device)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_passport(path: Path) -> Passport:
@@ -115,7 +145,8 @@ def load(path: Path, device: str = "cpu") -> tuple[MicroDiT, Passport]:
         SettingError: as `read_passport`, or tensors that do not fit the passport's network.
     """
     passport = read_passport(path)
-    tensors = load_file(path, device)
+    # A released file may hold bfloat16; the network computes in float32, or as autocast says.
+    tensors = {name: value.float() for name, value in read_tensors(path, device).items()}
     with torch.device("meta"):
         network = MicroDiT(passport.network())
     try:
