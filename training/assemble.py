@@ -16,12 +16,12 @@ from composer import Callback, DataSpec, Trainer
 from composer.utils import dist, get_device
 
 from pipeline.core.errors import SettingError
-from training import folder, weights
+from training import folder, initial, weights
 from training.callbacks import ClipGradients, SaveCheckpoints, StepFunctions, StopAtNaN
-from training.checkpoints import CheckpointState, allow_only_data, read
+from training.checkpoints import CheckpointState, allow_only_data, read, require_same
 from training.config import Config
 from training.denoiser import EDM
-from training.dit import MicroDiT
+from training.dit import DiTConfig, MicroDiT
 from training.ema import EMA
 from training.estimate import network_config
 from training.folder import StageFolder
@@ -62,11 +62,11 @@ def _run_stage(
     """One stage with its own loader, schedule and Trainer: from its own latest checkpoint, or from
     the stage before, or from nothing."""
     config, stage = plan.config, plan.config.stages[name]
-    if dist.get_global_rank() == 0:
-        folder.begin(plan, name)
     resume = path.checkpoints()[-1] if path.checkpoints() else None
     start = read(before) if before is not None and resume is None else None
     model = DiffusionModel(_network(plan, name, start, resume), _objective(plan, name))
+    if dist.get_global_rank() == 0:
+        folder.begin(plan, name)  # now that the weights are known to fit
     average = start.average if start else None
     ema = EMA(model.dit, stage.ema, stage.ema_start, average)
     trainer = _trainer(plan, name, path, model, [ema, *callbacks], resume)
@@ -105,6 +105,8 @@ def _network(plan: Plan, name: str, start: CheckpointState | None, resume: Path 
     with torch.device("meta"):
         network = MicroDiT(config)
     network.to_empty(device="cpu")
+    if start is None and resume is None and plan.config.init_from:
+        return _initial_network(plan, config)
     if start is None and resume is None:
         seed = keyed_seed(plan.config.seed, "weights")
         network.initialise(torch.Generator().manual_seed(seed))
@@ -116,6 +118,15 @@ def _network(plan: Plan, name: str, start: CheckpointState | None, resume: Path 
     if start is not None:
         start.restore_weights(network)
     return network
+
+
+def _initial_network(plan: Plan, config: DiTConfig) -> MicroDiT:
+    """The weights of `init_from`, with the positions of this run's resolution."""
+    path = initial.path(plan.config)
+    network, _ = weights.load(path)
+    require_same(f"init_from={path}", config, network.config)
+    network.set_resolution(config.input_size, config.pos_interp_scale)
+    return network.train().requires_grad_(True)
 
 
 def _trainer(

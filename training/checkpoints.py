@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import pickle
@@ -16,10 +17,11 @@ from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 from torch.torch_version import TorchVersion
 
 from pipeline.core.errors import SettingError
-from training.dit import MicroDiT
+from training.dit import DiTConfig, MicroDiT
 
 PREFIX = "dit."  # of the network in the ComposerModel, as in the released project's checkpoints
 BUFFERS = ("pos_embed", "mask_token")  # follow from the config; positions change with resolution
+RESOLUTION = ("input_size", "pos_interp_scale")  # of DiTConfig; no weights depend on them
 
 
 def allow_only_data() -> None:
@@ -87,6 +89,21 @@ class CheckpointState:
         )
         for group, settings in zip(optimizer.param_groups, groups, strict=True):
             group.update(settings)
+
+
+def require_same(where: str, config: DiTConfig, found: DiTConfig) -> None:
+    """That weights are of a run's network, whatever their resolution.
+
+    Raises:
+        SettingError: names the first setting in which the architectures differ.
+    """
+    for field in dataclasses.fields(config):
+        own, theirs = getattr(config, field.name), getattr(found, field.name)
+        if field.name not in RESOLUTION and own != theirs:
+            raise SettingError(
+                f"{where}: weights of another architecture ({field.name}: {theirs}, this run's "
+                f"{own}); set model to theirs, or choose other weights"
+            )
 
 
 def read(path: Path) -> CheckpointState:

@@ -184,6 +184,7 @@ class Config(Section):
     name: Annotated[str, Field(pattern=STAGE_NAME)]
     folder: str = ""  # default runs/<name>
     seed: Annotated[int, Field(ge=0)] = 18
+    init_from: str = ""  # run folder or weights file to start from; default: random weights
     precision: Literal["auto", "fp32", "amp_bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
     dry_run: bool = False  # print the resolved config and the costs, train nothing
     data: Data

@@ -21,6 +21,7 @@ from typing import Any
 
 from pipeline.core.errors import SettingError
 from pipeline.core.store import Store
+from training import initial
 from training.preflight import Plan
 
 MODEL = "model.safetensors"
@@ -105,7 +106,9 @@ def decisive_settings(plan: Plan, name: str) -> dict[str, Any]:
     # Through JSON, so that it compares with what was written.
     data = config.data.model_dump(mode="json", exclude={"root", "workers", "cache", "sources"})
     own = stage.model_dump(mode="json", exclude={"save_every", "microbatch", "sources"})
-    return {
+    first = name == next(iter(config.stages))
+    start = {"init_from": initial.content_hash(config)} if config.init_from and first else {}
+    return start | {
         "seed": config.seed,
         "data": data | {"sources": config.sources_of(stage)},
         "vae": source.latents.vae.model_dump(mode="json"),

@@ -7,15 +7,13 @@ metadata key "microdit".
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,9 +21,9 @@ from pipeline.core.errors import SettingError
 from pipeline.core.manifest import LatentsManifest, TextFacts, TextManifest, VaeFacts
 from training.denoiser import EDM
 from training.dit import DiTConfig, MicroDiT
+from training.header import METADATA_KEY, SCHEMA, file_hash, find, read_record
 
-METADATA_KEY = "microdit"
-SCHEMA = 1
+__all__ = ["METADATA_KEY", "file_hash", "find"]  # of training.header, which needs no torch
 
 #: Source -> what has to be said wherever pictures of its kind, or weights trained on it, appear.
 ATTRIBUTIONS = {
@@ -103,33 +101,13 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     return load_file(path, device)
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_passport(path: Path) -> Passport:
     """The passport of a weights file.
 
     Raises:
         SettingError: no such file, no safetensors, or no passport of this version in it.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except OSError as error:
-        raise SettingError(f"{path}: no such file") from error
-    except SafetensorError as error:
-        raise SettingError(f"{path}: no safetensors file, or a truncated one ({error})") from error
-    if METADATA_KEY not in metadata:
-        raise SettingError(f"{path}: no passport in it; was it written by training/train.py?")
-    record = json.loads(metadata[METADATA_KEY])
-    if record.get("schema_version", 0) > SCHEMA:
-        raise SettingError(
-            f"{path}: passport of schema {record['schema_version']}, this version reads up to "
-            f"{SCHEMA}; upgrade the package"
-        )
+    record = read_record(path)
     try:
         return Passport.model_validate(record)
     except ValidationError as error:
@@ -159,22 +137,6 @@ def load(path: Path, device: str = "cpu") -> tuple[MicroDiT, Passport]:
 def attributions(sources: list[str]) -> list[str]:
     """What has to be said of weights trained on these sources."""
     return [ATTRIBUTIONS[source] for source in sources if source in ATTRIBUTIONS]
-
-
-def find(checkpoint: str) -> Path:
-    """The weights file of a run's folder, or the file itself.
-
-    Raises:
-        SettingError: nothing there.
-    """
-    path = Path(checkpoint)
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if not path.is_file():
-        raise SettingError(
-            f"checkpoint {checkpoint}: no file {path}; a run writes it at the end of each stage"
-        )
-    return path
 
 
 def facts(network: MicroDiT, edm: EDM) -> dict[str, Any]:

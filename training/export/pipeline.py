@@ -56,7 +56,7 @@ class MicroDiTPipeline(DiffusionPipeline):
         clean: str = "",
         latent_scale: float = 1.0,
         latent_shift: float = 0.0,
-        attribution: tuple[str, ...] = (),
+        attribution: Any = (),
     ) -> None:
         super().__init__()
         self.register_modules(
