@@ -26,11 +26,15 @@ from training.ema import EMA
 from training.estimate import network_config
 from training.folder import StageFolder
 from training.loader import global_rows, make_dataset, make_loader
+from training.mirror import Mirror, fetch
 from training.model import DiffusionModel, Objective
 from training.optim import make_optimizer
 from training.preflight import Plan, world_size
 from training.progress import Progress
 from training.randomness import keyed_seed
+from training.stopping import StopAtSignal
+
+DIST_S, FETCH_S = 300.0, 7200.0  # that ranks wait for each other
 
 
 def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
@@ -42,22 +46,38 @@ def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
     Raises:
         SettingError: a checkpoint cannot be read or written, a picture has no caption, or the loss
             is no number.
+        StorageError: `checkpoint.remote` cannot be read, or does not have every file at the end.
+        Terminated: SIGTERM came; a checkpoint is saved.
     """
     allow_only_data()
+    checkpoint, before = plan.config.checkpoint, None
     if world_size() > 1:
-        dist.initialize_dist(get_device(None))
-    left, before = folder.unfinished(plan), None
-    for name, stage in plan.config.stages.items():
-        path = folder.stage_folder(plan, name)
-        if name in left:
-            _run_stage(plan, name, path, before, callbacks)
-        else:
-            _say(f"stage {name}: finished before, not run again")
-        before = path.checkpoint(stage.steps)
+        # Long, where the others wait for the first to fetch what may be gigabytes.
+        dist.initialize_dist(get_device(None), FETCH_S if checkpoint.remote else DIST_S)
+    first = dist.get_global_rank() == 0
+    if first:
+        fetch(plan)
+    dist.barrier()
+    left = folder.unfinished(plan)
+    url = checkpoint.remote if first else ""
+    with Mirror(plan.config.run_folder(), url, checkpoint.keep) as mirror:
+        for name, stage in plan.config.stages.items():
+            path = folder.stage_folder(plan, name)
+            if name in left:
+                _run_stage(plan, name, path, before, callbacks, mirror)
+            else:
+                _say(f"stage {name}: finished before, not run again")
+                mirror.catch_up(path)
+            before = path.checkpoint(stage.steps)
 
 
 def _run_stage(
-    plan: Plan, name: str, path: StageFolder, before: Path | None, callbacks: Sequence[Callback]
+    plan: Plan,
+    name: str,
+    path: StageFolder,
+    before: Path | None,
+    callbacks: Sequence[Callback],
+    mirror: Mirror,
 ) -> None:
     """One stage with its own loader, schedule and Trainer: from its own latest checkpoint, or from
     the stage before, or from nothing."""
@@ -67,9 +87,11 @@ def _run_stage(
     model = DiffusionModel(_network(plan, name, start, resume), _objective(plan, name))
     if dist.get_global_rank() == 0:
         folder.begin(plan, name)  # now that the weights are known to fit
+        mirror.put(path.settings)
+        mirror.catch_up(path)
     average = start.average if start else None
     ema = EMA(model.dit, stage.ema, stage.ema_start, average)
-    trainer = _trainer(plan, name, path, model, [ema, *callbacks], resume)
+    trainer = _trainer(plan, name, path, model, [ema, *callbacks], resume, mirror)
     if start is not None and stage.keep_moments:
         start.restore_moments(trainer.state)
     done = trainer.state.timestamp.batch.value
@@ -79,6 +101,9 @@ def _run_stage(
             trainer.fit()
         if dist.get_global_rank() == 0:
             _export(plan, name, path, model, ema)
+            for file in (path.live, path.model):
+                if file.exists():
+                    mirror.put(file)
             _say(f"stage {name}: finished, weights in {config.run_folder() / folder.MODEL}")
     finally:
         trainer.close()
@@ -136,9 +161,10 @@ def _trainer(
     model: DiffusionModel,
     callbacks: Sequence[Callback],
     resume: Path | None,
+    mirror: Mirror,
 ) -> Trainer:
     config, stage = plan.config, plan.config.stages[name]
-    device = get_device(None)
+    device, stop = get_device(None), StopAtSignal(name)
     dataset = make_dataset(plan, name)
     loader = make_loader(dataset, config.data.workers, config.data.text == "trimmed")
     precision = config.precision
@@ -158,9 +184,10 @@ def _trainer(
                 StepFunctions(model, stage),
                 ClipGradients(stage.clip),
                 StopAtNaN(name),
-                SaveCheckpoints(path, stage, config.checkpoint.keep),
+                SaveCheckpoints(path, stage, config.checkpoint.keep, stop, mirror.put),
                 Progress(name, stage.steps, config.logging.every),
                 *callbacks,
+                stop,
             ],
             loggers=_loggers(config, path.path),
             run_name=f"{config.name}-{name}",

@@ -169,6 +169,7 @@ class Logging(Section):
 
 class Checkpoint(Section):
     keep: Count = 1  # of each unfinished stage; a finished one keeps its last
+    remote: str = ""  # folder or s3://, gs:// URL for copies; a start with less goes on from there
 
 
 class Estimate(Section):

@@ -25,6 +25,7 @@ from training import initial
 from training.preflight import Plan
 
 MODEL = "model.safetensors"
+SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class StageFolder:
 
     @property
     def settings(self) -> Path:
-        return self.path / "settings.json"
+        return self.path / SETTINGS
 
     def finished(self) -> bool:
         return self.model.exists()
@@ -97,7 +98,7 @@ def begin(plan: Plan, name: str) -> None:
     """Records what a stage is begun with."""
     store = Store(plan.config.run_folder())
     store.write_json("config.json", plan.config.model_dump(mode="json"))
-    store.write_json(f"{name}/settings.json", decisive_settings(plan, name))
+    store.write_json(f"{name}/{SETTINGS}", decisive_settings(plan, name))
 
 
 def decisive_settings(plan: Plan, name: str) -> dict[str, Any]:
