@@ -15,7 +15,7 @@ import torch
 from composer import Callback, DataSpec, Trainer
 from composer.utils import dist, get_device
 
-from pipeline.core.errors import SettingError
+from pipeline.core.errors import SettingError, StorageError
 from training import folder, initial, weights
 from training.callbacks import ClipGradients, SaveCheckpoints, StepFunctions, StopAtNaN
 from training.checkpoints import CheckpointState, allow_only_data, read, require_same
@@ -46,7 +46,8 @@ def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
     Raises:
         SettingError: a checkpoint cannot be read or written, a picture has no caption, or the loss
             is no number.
-        StorageError: `checkpoint.remote` cannot be read, or does not have every file at the end.
+        StorageError: finished weights cannot be written, or `checkpoint.remote` cannot be read or
+            does not have every file at the end.
         Terminated: SIGTERM came; a checkpoint is saved.
     """
     allow_only_data()
@@ -100,7 +101,13 @@ def _run_stage(
         if done < stage.steps:
             trainer.fit()
         if dist.get_global_rank() == 0:
-            _export(plan, name, path, model, ema)
+            try:
+                _export(plan, name, path, model, ema)
+            except OSError as error:
+                raise StorageError(
+                    f"cannot write the weights of stage {name} to {path.path}: {error}; its last "
+                    "checkpoint is there, and the same command goes on from it"
+                ) from error
             for file in (path.live, path.model):
                 if file.exists():
                     mirror.put(file)

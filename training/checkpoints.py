@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch.torch_version import TorchVersion
 
 from pipeline.core.errors import SettingError
 from training.dit import DiTConfig, MicroDiT
+from training.safe_load import load
 
 PREFIX = "dit."  # of the network in the ComposerModel, as in the released project's checkpoints
 BUFFERS = ("pos_embed", "mask_token")  # follow from the config; positions change with resolution
@@ -113,7 +113,7 @@ def read(path: Path) -> CheckpointState:
         SettingError: not there, truncated, or holding more than data.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]
+        state = load(path)["state"]
         average = state["callbacks"]["EMA"]["average"]
         _ = state["timestamp"], state["dataset_state"]  # Composer would do without
         return CheckpointState(path, state["model"], average, state["optimizers"])
@@ -122,6 +122,5 @@ def read(path: Path) -> CheckpointState:
             f"{path}: the last checkpoint of a finished stage is missing, so the next stage cannot "
             "begin; remove the finished stage's folder to run it again"
         ) from error
-    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise SettingError(f"{path}: not a readable checkpoint ({text})") from error
+    except (KeyError, TypeError) as error:
+        raise SettingError(f"{path}: no checkpoint of this trainer ({error})") from error

@@ -10,10 +10,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-import pickle
-import re
-import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +22,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from pipeline.core.errors import SettingError
+from training import safe_load
 from training.dit import MODELS, DiTConfig, MicroDiT
 from training.layers import position_table
 
@@ -135,25 +132,11 @@ def _load(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals(_data_types()), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # it is refused anyway
-            return torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+        return safe_load.load(path, _data_types())
     except FileNotFoundError as error:
         raise SettingError(f"{path}: no such file") from error
-    except IsADirectoryError as error:
-        raise SettingError(f"{path}: is a folder; give the checkpoint's file") from error
-    except pickle.UnpicklingError as error:
-        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise SettingError(
-                f"{path}: holds pickled objects ({refused[1]}), which may run code, and was not "
-                "opened; ask for a file with tensors alone"
-            ) from error
-        raise SettingError(f"{path}: no checkpoint of torch, or a truncated one") from error
-    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
-        text = " ".join(str(error).split())[:120]
-        raise SettingError(f"{path}: truncated, or no checkpoint of torch ({text})") from error
+    except SafetensorError as error:
+        raise SettingError(f"{path}: truncated, or no safetensors file ({error})") from error
 
 
 def _data_types() -> list[Any]:

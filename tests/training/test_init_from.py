@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from composer import Callback
+from composer import Callback, Logger, State
 from safetensors.torch import load_file, save_file
 
 from pipeline.core.errors import SettingError
@@ -53,8 +53,9 @@ class First(Callback):
     def __init__(self) -> None:
         self.state: dict[str, torch.Tensor] = {}
 
-    def fit_start(self, state, logger) -> None:
-        self.state = {k: v.clone() for k, v in state.model.dit.state_dict().items()}
+    def fit_start(self, state: State, logger: Logger) -> None:
+        tensors = state.model.state_dict()
+        self.state = {k.removeprefix("dit."): v.clone() for k, v in tensors.items()}
 
 
 @pytest.mark.parametrize("kind", ["run", "file"])

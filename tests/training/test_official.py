@@ -211,14 +211,19 @@ def test_files_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -
 
 @pytest.mark.parametrize("where", ["bare", "rng", "name"])
 def test_pickled_objects_are_not_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture, where: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
 ) -> None:
     sign, file = tmp_path / "sign", tmp_path / "in.pt"
     evil: Any = Evil(sign)
     whole = {"bare": evil, "rng": composer(STATE) | {"rng": evil}, "name": STATE | {"x": evil}}
     torch.save(whole[where], file)
     assert "holds pickled objects" in refused(capsys, "import", str(file), *small(tmp_path))
-    torch.load(file, weights_only=False)  # that it would have run
+    assert not sign.exists()
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    torch.load(file, weights_only=False)  # it would have run
     assert sign.exists()
 
 

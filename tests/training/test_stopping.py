@@ -86,7 +86,6 @@ def whole(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pat
         (0, 0, False),
         (0, 2, True),  # as Slurm does it: loader processes get the signal as well
         (2, 0, False),  # the launcher hands it on
-        (2, 0, True),
     ],
 )
 def test_sigterm_saves_and_the_run_goes_on(
