@@ -16,21 +16,26 @@ import torch
 from composer import Callback, DataSpec, Trainer
 from composer.utils import dist, get_device
 
-from pipeline.core.errors import SettingError
-from training import folder, weights
+from pipeline.core.errors import SettingError, StorageError
+from training import folder, initial, weights
 from training.callbacks import ClipGradients, SaveCheckpoints, StepFunctions, StopAtNaN
-from training.checkpoints import CheckpointState, allow_only_data, read
+from training.checkpoints import CheckpointState, allow_only_data, read, require_same
 from training.config import Config, Power
 from training.dit import MicroDiT
+from training.dit_config import DiTConfig
 from training.ema import EMA
 from training.folder import StageFolder
 from training.loader import global_rows, make_dataset, make_loader
+from training.mirror import Mirror, fetch
 from training.model import DiffusionModel, Objective
 from training.objectives import OBJECTIVES
 from training.optim import make_optimizer
 from training.preflight import Plan, network_config, world_size
 from training.progress import Progress
 from training.randomness import keyed_seed
+from training.stopping import StopAtSignal
+
+DIST_S, FETCH_S = 300.0, 7200.0  # that ranks wait for each other
 
 
 def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
@@ -42,34 +47,53 @@ def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
     Raises:
         SettingError: a checkpoint cannot be read or written, a picture has no caption, or the loss
             is no number.
+        StorageError: finished weights cannot be written, or `checkpoint.remote` cannot be read or
+            does not have every file at the end.
+        Terminated: SIGTERM came; a checkpoint is saved.
     """
     allow_only_data()
+    checkpoint, before = plan.config.checkpoint, None
     if world_size() > 1:
-        dist.initialize_dist(get_device(None))
-    left, before = folder.unfinished(plan), None
-    for name, stage in plan.config.stages.items():
-        path = folder.stage_folder(plan, name)
-        if name in left:
-            _run_stage(plan, name, path, before, callbacks)
-        else:
-            _say(f"stage {name}: finished before, not run again")
-        before = path.checkpoint(stage.steps)
+        # Long, where the others wait for the first to fetch what may be gigabytes.
+        dist.initialize_dist(get_device(None), FETCH_S if checkpoint.remote else DIST_S)
+    first = dist.get_global_rank() == 0
+    if first:
+        fetch(plan)
+    dist.barrier()
+    left = folder.unfinished(plan)
+    url = checkpoint.remote if first else ""
+    with Mirror(plan.config.run_folder(), url, checkpoint.keep) as mirror:
+        for name, stage in plan.config.stages.items():
+            path = folder.stage_folder(plan, name)
+            if name in left:
+                _run_stage(plan, name, path, before, callbacks, mirror)
+            else:
+                _say(f"stage {name}: finished before, not run again")
+                mirror.catch_up(path)
+            before = path.checkpoint(stage.steps)
 
 
 def _run_stage(
-    plan: Plan, name: str, path: StageFolder, before: Path | None, callbacks: Sequence[Callback]
+    plan: Plan,
+    name: str,
+    path: StageFolder,
+    before: Path | None,
+    callbacks: Sequence[Callback],
+    mirror: Mirror,
 ) -> None:
     """One stage with its own loader, schedule and Trainer: from its own latest checkpoint, or from
     the stage before, or from nothing."""
     config, stage = plan.config, plan.config.stages[name]
-    if dist.get_global_rank() == 0:
-        folder.begin(plan, name)
     resume = path.checkpoints()[-1] if path.checkpoints() else None
     start = read(before) if before is not None and resume is None else None
     model = DiffusionModel(_network(plan, name, start, resume), _objective(plan, name))
+    if dist.get_global_rank() == 0:
+        folder.begin(plan, name)  # now that the weights are known to fit
+        mirror.put(path.settings)
+        mirror.catch_up(path)
     averages = start.averages if start else None
     ema = EMA(model.dit, stage.averages(), stage.ema_start, averages)
-    trainer = _trainer(plan, name, path, model, [ema, *callbacks], resume)
+    trainer = _trainer(plan, name, path, model, [ema, *callbacks], resume, mirror)
     if start is not None and stage.keep_moments:
         start.restore_moments(trainer.state)
     done = trainer.state.timestamp.batch.value
@@ -78,7 +102,16 @@ def _run_stage(
         if done < stage.steps:
             trainer.fit()
         if dist.get_global_rank() == 0:
-            _export(plan, name, path, model, ema)
+            try:
+                _export(plan, name, path, model, ema)
+            except OSError as error:
+                raise StorageError(
+                    f"cannot write the weights of stage {name} to {path.path}: {error}; its last "
+                    "checkpoint is there, and the same command goes on from it"
+                ) from error
+            for file in (path.live, path.model):
+                if file.exists():
+                    mirror.put(file)
             _say(f"stage {name}: finished, weights in {config.run_folder() / folder.MODEL}")
     finally:
         trainer.close()
@@ -106,6 +139,8 @@ def _network(plan: Plan, name: str, start: CheckpointState | None, resume: Path 
     with torch.device("meta"):
         network = MicroDiT(config)
     network.to_empty(device="cpu")
+    if start is None and resume is None and plan.config.init_from:
+        return _initial_network(plan, config)
     if start is None and resume is None:
         seed = keyed_seed(plan.config.seed, "weights")
         network.initialise(torch.Generator().manual_seed(seed))
@@ -119,6 +154,15 @@ def _network(plan: Plan, name: str, start: CheckpointState | None, resume: Path 
     return network
 
 
+def _initial_network(plan: Plan, config: DiTConfig) -> MicroDiT:
+    """The weights of `init_from`, with the positions of this run's resolution."""
+    path = initial.path(plan.config)
+    network, _ = weights.load(path)
+    require_same(f"init_from={path}", config, network.config)
+    network.set_resolution(config.input_size, config.pos_interp_scale)
+    return network.train().requires_grad_(True)
+
+
 def _trainer(
     plan: Plan,
     name: str,
@@ -126,9 +170,10 @@ def _trainer(
     model: DiffusionModel,
     callbacks: Sequence[Callback],
     resume: Path | None,
+    mirror: Mirror,
 ) -> Trainer:
     config, stage = plan.config, plan.config.stages[name]
-    device = get_device(None)
+    device, stop = get_device(None), StopAtSignal(name)
     dataset = make_dataset(plan, name)
     loader = make_loader(dataset, config.data.workers, config.data.text == "trimmed")
     precision = config.precision
@@ -148,9 +193,10 @@ def _trainer(
                 StepFunctions(model, stage),
                 ClipGradients(stage.clip),
                 StopAtNaN(name),
-                SaveCheckpoints(path, stage, config.checkpoint.keep),
+                SaveCheckpoints(path, stage, config.checkpoint.keep, stop, mirror.put),
                 Progress(name, stage.steps, config.logging.every),
                 *callbacks,
+                stop,
             ],
             loggers=_loggers(config, path.path),
             run_name=f"{config.name}-{name}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from training.config import Stage
 from training.folder import StageFolder
 from training.model import DiffusionModel
 from training.optim import learning_rate
+from training.stopping import StopAtSignal
 
 
 class StepFunctions(Callback):
@@ -67,12 +69,26 @@ class SaveCheckpoints(Callback):
 
     Composer's saver writes to the final name in place; a start after a kill in the middle of that
     stops at the file it finds.
+
+    Args:
+        keep: how many stay.
+        stop: says whether the run ends after this step.
+        copy: called with each checkpoint that is whole, on the first rank.
     """
 
-    def __init__(self, folder: StageFolder, stage: Stage, keep: int) -> None:
+    def __init__(
+        self,
+        folder: StageFolder,
+        stage: Stage,
+        keep: int,
+        stop: StopAtSignal,
+        copy: Callable[[Path], None],
+    ) -> None:
         self._folder = folder
         self._stage = stage
         self._keep = keep
+        self._stop = stop
+        self._copy = copy
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
@@ -80,7 +96,8 @@ class SaveCheckpoints(Callback):
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value
-        if step % self._stage.save_every and step != self._stage.steps:
+        due = not step % self._stage.save_every or step == self._stage.steps
+        if not due and not self._stop.now:
             return
         path = self._folder.checkpoint(step)
         part = self._folder.part(step)
@@ -99,6 +116,7 @@ class SaveCheckpoints(Callback):
         if dist.get_global_rank() == 0:
             for old in self._folder.checkpoints()[: -self._keep]:
                 old.unlink()
+            self._copy(path)
 
 
 def _publish(part: Path, path: Path) -> None:
