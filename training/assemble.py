@@ -89,7 +89,7 @@ def _run_stage(
     model = DiffusionModel(_network(plan, name, start, resume), _objective(plan, name))
     if dist.get_global_rank() == 0:
         folder.begin(plan, name)  # now that the weights are known to fit
-        mirror.put(path.settings)
+        mirror.put_records(path)
         mirror.catch_up(path)
     averages = start.averages if start else None
     ema = EMA(model.dit, stage.averages(), stage.ema_start, averages)
@@ -109,9 +109,7 @@ def _run_stage(
                     f"cannot write the weights of stage {name} to {path.path}: {error}; its last "
                     "checkpoint is there, and the same command goes on from it"
                 ) from error
-            for file in (path.live, path.model):
-                if file.exists():
-                    mirror.put(file)
+            mirror.put_weights(path)
             _say(f"stage {name}: finished, weights in {config.run_folder() / folder.MODEL}")
     finally:
         trainer.close()
@@ -193,7 +191,7 @@ def _trainer(
                 StepFunctions(model, stage),
                 ClipGradients(stage.clip),
                 StopAtNaN(name),
-                SaveCheckpoints(path, stage, config.checkpoint.keep, stop, mirror.put),
+                SaveCheckpoints(path, stage, config.checkpoint.keep, stop, mirror.put_checkpoint),
                 Progress(name, stage.steps, config.logging.every),
                 *callbacks,
                 stop,

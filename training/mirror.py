@@ -1,15 +1,16 @@
 """A run's checkpoints on an object store: copied there behind the training, fetched from there by a
 start whose own folder has less.
 
-What lies under `checkpoint.remote` is what lies in the run's folder: `<stage>/settings.json`,
-`<stage>/step-….pt`, then, of a finished stage, `<stage>/live.safetensors` and last
-`<stage>/model.safetensors`. One PUT, or completed multipart upload, makes a file appear whole.
+What lies under `checkpoint.remote` is what lies in the run's folder: of each stage its records
+(`settings.json` and the like), its checkpoints, then its weights, `model.safetensors` last. One
+PUT, or completed multipart upload, makes a file appear whole.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
+from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
 
@@ -23,6 +24,8 @@ from training.preflight import Plan
 RETRY_S = 30.0  # after the Store's own retries have failed
 LAST_TRIES = 3  # of each file, when the run has ended
 _CHECKPOINTS = "step-*.pt"
+_RECORDS = ("*.json", "*.jsonl")  # small files that a stage goes on writing
+_WEIGHTS = "*.safetensors"
 
 
 class Mirror:
@@ -85,9 +88,26 @@ class Mirror:
         """Copies a file of the run's folder, later; returns at once."""
         if self._store is not None:
             with self._changed:
-                if path not in self._pending:
+                if path not in self._pending[1:]:  # the first may be under way, as it was
                     self._pending.append(path)
                 self._changed.notify()
+
+    def put_records(self, stage: StageFolder) -> None:
+        """Copies the stage's small files, as they are when their turn comes."""
+        for pattern in _RECORDS:
+            for path in sorted(stage.path.glob(pattern)):
+                self.put(path)
+
+    def put_checkpoint(self, path: Path) -> None:
+        """Copies a checkpoint, behind the records that belong to it."""
+        self.put_records(StageFolder(path.parent))
+        self.put(path)
+
+    def put_weights(self, stage: StageFolder) -> None:
+        """Copies a finished stage's weights; those that mark it as finished come last."""
+        self.put_records(stage)
+        for path in sorted(stage.path.glob(_WEIGHTS), key=lambda path: path == stage.model):
+            self.put(path)
 
     def catch_up(self, stage: StageFolder) -> None:
         """Copies what an earlier start of the run left to do.
@@ -95,11 +115,14 @@ class Mirror:
         Raises:
             StorageError: the store cannot be read.
         """
-        if self._store is not None:
-            there = self._store.names(stage.path.name)
-            for path in (stage.settings, *stage.checkpoints()[-1:], stage.live, stage.model):
-                if path.exists() and path.name not in there:
-                    self.put(path)
+        if self._store is None:
+            return
+        there = self._store.names(stage.path.name)
+        for path in stage.checkpoints()[-1:]:
+            if path.name not in there:
+                self.put_checkpoint(path)
+        if any(path.name not in there for path in stage.path.glob(_WEIGHTS)):
+            self.put_weights(stage)
 
     def _run(self) -> None:
         tries = 0
@@ -118,7 +141,7 @@ class Mirror:
                     continue
                 if failed:
                     # The rest is of no use without it.
-                    left = [p for p in self._pending[1:] if p.exists()]
+                    left = {other for other in self._pending if other.exists()} - {path}
                     self._lost = [failed, *map(str, left)]
                     return
                 self._pending.pop(0)
@@ -147,13 +170,8 @@ class Mirror:
 
     def _prune(self, stage: str) -> None:
         assert self._store is not None
-        for name in checkpoints(self._store, stage)[: -self._keep]:
+        for name in _matching(self._store.names(stage), _CHECKPOINTS)[: -self._keep]:
             self._store.delete(f"{stage}/{name}")
-
-
-def checkpoints(store: Store, stage: str) -> list[str]:
-    """Names of a stage's checkpoints, oldest first."""
-    return [name for name in store.names(stage) if Path(name).match(_CHECKPOINTS)]
 
 
 def fetch(plan: Plan) -> bool:
@@ -170,19 +188,20 @@ def fetch(plan: Plan) -> bool:
     if _position(plan, store) <= _position(plan, local):
         return False
     stages = list(plan.config.stages)
+    names = {name: store.names(name) for name in stages}
     for name in stages:
-        if folder.SETTINGS in store.names(name):
-            _download(store, plan, f"{name}/{folder.SETTINGS}")
+        for record in _matching(names[name], *_RECORDS):
+            _download(store, plan, f"{name}/{record}", again=True)
     folder.check(plan)  # before gigabytes are fetched
     for name, after in zip(stages, [*stages[1:], None], strict=True):
-        own, path = store.names(name), folder.stage_folder(plan, name)
-        saved = checkpoints(store, name)
-        begun = after is not None and bool(checkpoints(store, after) or MODEL in store.names(after))
-        if saved and not begun:  # what this stage goes on from, or the next one begins with
-            _download(store, plan, f"{name}/{saved[-1]}")
-        for model in (path.live.name, MODEL):
-            if model in own:
-                _download(store, plan, f"{name}/{model}")
+        path = folder.stage_folder(plan, name)
+        saved = _matching(names[name], _CHECKPOINTS)[-1:]
+        # What this stage goes on from, or the next one begins with.
+        if after is None or not _matching(names[after], _CHECKPOINTS, MODEL):
+            for checkpoint in saved:
+                _download(store, plan, f"{name}/{checkpoint}")
+        for model in sorted(_matching(names[name], _WEIGHTS), key=lambda model: model == MODEL):
+            _download(store, plan, f"{name}/{model}")
         if path.finished():
             folder.link(path.model, plan.config.run_folder() / MODEL)
     return True
@@ -192,14 +211,21 @@ def _position(plan: Plan, store: Store) -> list[tuple[bool, str]]:
     """How far a copy of the run is: for each stage whether it is finished, and its last step."""
     found = []
     for name in plan.config.stages:
-        finished = MODEL in store.names(name)
-        found.append((finished, "" if finished else max(checkpoints(store, name), default="")))
+        names = store.names(name)
+        finished = MODEL in names
+        step = "" if finished else max(_matching(names, _CHECKPOINTS), default="")
+        found.append((finished, step))
     return found
 
 
-def _download(store: Store, plan: Plan, path: str) -> None:
+def _matching(names: list[str], *patterns: str) -> list[str]:
+    """Those of these names, in order."""
+    return [name for name in sorted(names) if any(fnmatch(name, own) for own in patterns)]
+
+
+def _download(store: Store, plan: Plan, path: str, again: bool = False) -> None:
     target = plan.config.run_folder() / path
-    if not target.exists():
+    if again or not target.exists():
         _say(f"fetching {store.url(path)}")
         store.download(path, target)
 

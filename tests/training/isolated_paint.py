@@ -6,6 +6,7 @@ argv: folder, a .npy for the pictures, JSON with `prompts` and the options of th
 import importlib.abc
 import json
 import sys
+from typing import Any
 
 OURS = ("training", "pipeline", "captioning", "tests", "composer", "streaming", "open_clip")
 
@@ -23,12 +24,14 @@ sys.meta_path.insert(0, Blocked())
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from diffusers import DiffusionPipeline  # noqa: E402  # pyright: ignore
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline  # noqa: E402
 
 torch.set_num_threads(1)
 folder, target, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+pipe: Any = DiffusionPipeline.from_pretrained(
+    folder, custom_pipeline=folder, trust_remote_code=True
+)
 pipe.set_progress_bar_config(disable=True)
-images = pipe(options.pop("prompts"), **options).images  # pyright: ignore
+images = pipe(options.pop("prompts"), **options).images
 np.save(target, np.stack([np.asarray(image) for image in images]))
 assert not [name for name in sys.modules if name.split(".")[0] in OURS]
