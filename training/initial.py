@@ -92,7 +92,7 @@ def _record(config: Config) -> dict[str, Any]:
         record = header.read_record(path(config))
     except SettingError as error:
         raise SettingError(f"{where}: {error}") from error
-    lost = [k for k in ("vae", "text_encoder", "text", "model") if k not in record]
+    lost = [k for k in ("vae", "text_encoder", "text", "model", "resolution") if k not in record]
     if not {"edm", "objective"} & record.keys():
         lost.append("objective")
     if lost:

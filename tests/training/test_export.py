@@ -25,10 +25,14 @@ from tests.training.test_generate import passport_of
 from training import weights
 from training.convert import main
 from training.dit import DiTConfig, MicroDiT
-from training.export import text
+from training.export import text, transformer
 from training.export.bundle import CannotBundle, bundle
 from training.export.pipeline import MicroDiTPipeline
 from training.generate import Painter
+from training.objectives import OBJECTIVES
+from training.objectives.edm import EDM
+from training.objectives.flow import Flow
+from training.sampler import Solver, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and transformers' own
 
@@ -209,6 +213,31 @@ def test_code_that_would_not_work_elsewhere(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(CannotBundle, match=message):
         bundle("start_of_bundle", "code")
+
+
+def test_every_objective_is_exported() -> None:
+    """And through a file, as diffusers keeps a component's settings."""
+    assert transformer.OBJECTIVES.keys() == OBJECTIVES.keys()
+    assert all(kind.name == name for name, kind in transformer.OBJECTIVES.items())
+
+
+@pytest.mark.parametrize("objective", [EDM(sigma_data=0.7), Flow(shift=2.0)])
+@pytest.mark.parametrize("solver", ["heun", "euler"])
+def test_a_saved_component_samples_as_training_does(
+    tmp_path: Path, objective: EDM | Flow, solver: Solver
+) -> None:
+    network, _ = weights.load(run_folder(tmp_path / "run", "full") / "model.safetensors")
+    facts = weights.facts(network, objective)
+    model = transformer.MicroDiTModel(facts["model"], facts["objective"])
+    model.dit = network
+    model.save_pretrained(tmp_path / "component")
+    loaded = transformer.MicroDiTModel.from_pretrained(tmp_path / "component")
+    config, generator = network.config, torch.Generator().manual_seed(0)
+    noise = torch.randn(1, *loaded.latent_shape(), generator=generator)
+    y = torch.randn(1, config.caption_length, config.caption_width, generator=generator)
+    expected = sample(network, objective, noise, y, steps=3, guidance=2.0, solver=solver)
+    found = loaded.sample(noise, y, None, steps=3, guidance=2.0, solver=solver)
+    assert torch.equal(found, expected)
 
 
 def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -82,16 +82,18 @@ class MicroDiTPipeline(DiffusionPipeline):
         seed: int = 0,
         generator: torch.Generator | None = None,
         output_type: str = "pil",
+        solver: str = "heun",
         return_dict: bool = True,
     ) -> Any:
         """One picture a prompt.
 
         Args:
-            num_inference_steps: N Heun steps, 2 N - 1 evaluations of the network.
+            num_inference_steps: N of the solver; Heun's are 2 N - 1 evaluations of the network.
             guidance_scale: 1 is none; the paper's default is 5.
             seed: picture i is a function of (seed, i, its prompt).
             generator: draws the noise instead of `seed`.
             output_type: "pil", "np" (float (N, H, W, 3) in [0, 1]) or "latent".
+            solver: "heun", or "euler" with N evaluations.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         device = self._execution_device
@@ -105,6 +107,7 @@ class MicroDiTPipeline(DiffusionPipeline):
                 steps=num_inference_steps,
                 guidance=guidance_scale,
                 progress=lambda done, steps: bar.update(),
+                solver=solver,
             )
         images: Any = latents
         if output_type != "latent":

@@ -12,7 +12,7 @@ from training.dit import MicroDiT
 from training.dit_config import DiTConfig
 from training.objectives.edm import EDM
 from training.objectives.flow import Flow
-from training.sampler import sample
+from training.sampler import Solver, sample
 
 OBJECTIVES = {"edm": EDM, "flow": Flow}  # what is imported by a table could not be bundled
 
@@ -49,6 +49,7 @@ class MicroDiTModel(ModelMixin, ConfigMixin):
         steps: int,
         guidance: float,
         progress: Callable[[int, int], None] | None = None,
+        solver: Solver = "heun",
     ) -> Tensor:
         """Unit noise (B, C, S, S) -> latents at the scale of training; see `training.sampler`.
 
@@ -66,4 +67,5 @@ class MicroDiTModel(ModelMixin, ConfigMixin):
                 steps=steps,
                 guidance=guidance,
                 progress=progress,
+                solver=solver,
             )
