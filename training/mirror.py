@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pipeline.core import uploads
-from pipeline.core.errors import StorageError
+from pipeline.core.errors import SettingError, StorageError
 from pipeline.core.store import Store
 from training import folder
 from training.folder import MODEL, StageFolder
@@ -45,7 +45,7 @@ class Mirror:
 
     def __init__(self, folder: Path, url: str, keep: int) -> None:
         self._folder = folder
-        self._store = Store(url) if url else None
+        self._store = _open(url) if url else None
         self._keep = keep
         self._pending: list[Path] = []
         self._changed = threading.Condition()
@@ -184,7 +184,7 @@ def fetch(plan: Plan) -> bool:
     url = plan.config.checkpoint.remote
     if not url:
         return False
-    local, store = Store(plan.config.run_folder()), Store(url)
+    local, store = Store(plan.config.run_folder()), _open(url)
     if _position(plan, store) <= _position(plan, local):
         return False
     stages = list(plan.config.stages)
@@ -205,6 +205,13 @@ def fetch(plan: Plan) -> bool:
         if path.finished():
             folder.link(path.model, plan.config.run_folder() / MODEL)
     return True
+
+
+def _open(url: str) -> Store:
+    try:
+        return Store(url)
+    except SettingError as error:  # which speaks of a data root
+        raise SettingError(str(error).replace("--root ", "checkpoint.remote=", 1)) from error
 
 
 def _position(plan: Plan, store: Store) -> list[tuple[bool, str]]:

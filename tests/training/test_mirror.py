@@ -161,6 +161,11 @@ def test_a_store_that_fails_does_not_stop_the_training(
     assert tree(blocked / "copy") == tree(whole[1])
 
 
+def test_a_url_that_nobody_can_read(data: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"^checkpoint.remote=nosuch://x: "):
+        assemble.run(plan_of(data, tmp_path / "run", "nosuch://x"))
+
+
 def test_a_checkpoint_that_was_replaced_is_left_out(tmp_path: Path) -> None:
     """While the first is under way two more are saved, and the middle one is deleted."""
     stage = tmp_path / "run/full"
