@@ -6,7 +6,8 @@ an interrupted run cannot differ from an uninterrupted one.
 
 from __future__ import annotations
 
-import sys
+import gc
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,7 @@ from composer import Callback, DataSpec, Trainer
 from composer.utils import dist, get_device
 
 from pipeline.core.errors import SettingError
-from training import folder, weights
-from training.callbacks import ClipGradients, SaveCheckpoints, StepFunctions, StopAtNaN
+from training import curve, folder, journal, observers, weights
 from training.checkpoints import CheckpointState, allow_only_data, read
 from training.config import Config
 from training.denoiser import EDM
@@ -25,12 +25,15 @@ from training.dit import MicroDiT
 from training.ema import EMA
 from training.estimate import network_config
 from training.folder import StageFolder
+from training.guard import RollBack
+from training.leftovers import of_first_rank
 from training.loader import global_rows, make_dataset, make_loader
+from training.meter import Bill
 from training.model import DiffusionModel, Objective
+from training.observers import say
 from training.optim import make_optimizer
 from training.preflight import Plan, world_size
-from training.progress import Progress
-from training.randomness import keyed_seed
+from training.randomness import keyed_seed, stage_key
 
 
 def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
@@ -41,50 +44,107 @@ def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
 
     Raises:
         SettingError: a checkpoint cannot be read or written, a picture has no caption, or the loss
-            is no number.
+            is no number even after roll-backs.
     """
     allow_only_data()
     if world_size() > 1:
         dist.initialize_dist(get_device(None))
+    bill = Bill(world_size())
     left, before = folder.unfinished(plan), None
     for name, stage in plan.config.stages.items():
         path = folder.stage_folder(plan, name)
         if name in left:
-            _run_stage(plan, name, path, before, callbacks)
+            _run_stage(plan, name, path, before, bill, callbacks)
         else:
-            _say(f"stage {name}: finished before, not run again")
+            say(f"stage {name}: finished before, not run again")
         before = path.checkpoint(stage.steps)
 
 
 def _run_stage(
-    plan: Plan, name: str, path: StageFolder, before: Path | None, callbacks: Sequence[Callback]
+    plan: Plan,
+    name: str,
+    path: StageFolder,
+    before: Path | None,
+    bill: Bill,
+    callbacks: Sequence[Callback],
 ) -> None:
-    """One stage with its own loader, schedule and Trainer: from its own latest checkpoint, or from
-    the stage before, or from nothing."""
-    config, stage = plan.config, plan.config.stages[name]
+    """One stage, from its last checkpoint again whenever the guard says so."""
     if dist.get_global_rank() == 0:
         folder.begin(plan, name)
+    bill.at_least(of_first_rank(journal.last(path.metrics, "train/device_hours") or 0.0) * 3600)
+    while (back := _attempt(plan, name, path, before, bill, callbacks)) is not None:
+        _roll_back(plan, name, path, back)
+        gc.collect()  # the network and optimizer of the attempt are in cycles
+
+
+def _attempt(
+    plan: Plan,
+    name: str,
+    path: StageFolder,
+    before: Path | None,
+    bill: Bill,
+    callbacks: Sequence[Callback],
+) -> RollBack | None:
+    """Trains to the stage's end with its own loader, schedule and Trainer: from its own latest
+    checkpoint, or from the stage before, or from nothing. Or until the guard wants to roll back."""
+    config, stage = plan.config, plan.config.stages[name]
     resume = path.checkpoints()[-1] if path.checkpoints() else None
     start = read(before) if before is not None and resume is None else None
-    model = DiffusionModel(_network(plan, name, start, resume), _objective(plan, name))
+    rollbacks = len(of_first_rank(path.rollbacks()))
+    if resume is not None:
+        rollbacks = max(rollbacks, read(resume).rollbacks)
+    if start is not None:
+        bill.at_least(start.device_seconds)
+    model = DiffusionModel(_network(plan, name, start, resume), _objective(plan, name, rollbacks))
     average = start.average if start else None
     ema = EMA(model.dit, stage.ema, stage.ema_start, average)
-    trainer = _trainer(plan, name, path, model, [ema, *callbacks], resume)
+    own = observers.callbacks(plan, name, path, model, ema, rollbacks, bill)
+    trainer = _trainer(plan, name, path, model, [*own, *callbacks], resume, rollbacks)
     if start is not None and stage.keep_moments:
         start.restore_moments(trainer.state)
     done = trainer.state.timestamp.batch.value
-    _say(f"stage {name}: {stage.steps} steps" + (f", goes on after {done}" if done else ""))
+    say(f"stage {name}: {stage.steps} steps" + (f", goes on after {done}" if done else ""))
     try:
         if done < stage.steps:
             trainer.fit()
         if dist.get_global_rank() == 0:
+            rows = journal.read(path.metrics)
+            if rows:
+                curve.draw(rows, f"{config.name}, stage {name}", path.curve)
             _export(plan, name, path, model, ema)
-            _say(f"stage {name}: finished, weights in {config.run_folder() / folder.MODEL}")
+            say(f"stage {name}: finished, weights in {config.run_folder() / folder.MODEL}")
+        return None
+    except RollBack as back:
+        return back.with_traceback(None)
     finally:
         trainer.close()
 
 
-def _objective(plan: Plan, name: str) -> Objective:
+def _roll_back(plan: Plan, name: str, path: StageFolder, back: RollBack) -> None:
+    """Records it, so that the next attempt has other random numbers.
+
+    Raises:
+        SettingError: the stage was rolled back to the same checkpoint often enough.
+    """
+    resume = path.checkpoints()[-1:]
+    to = int(resume[0].stem.removeprefix("step-")) if resume else 0
+    past = of_first_rank(path.rollbacks())
+    same = sum(1 for _ in itertools.takewhile(lambda r: r["to"] == to, reversed(past)))
+    if same >= plan.config.guard.rollbacks:
+        raise SettingError(
+            f"stage {name}, step {back.step}: {back.reason}; rolled back to step {to} {same} times "
+            "before, guard.rollbacks allows no more. Begin with a lower lr or harder clip in "
+            f"another folder (folder=runs/NAME), or remove {path.path / folder.ROLLBACKS} to try on"
+        )
+    say(
+        f"stage {name}, step {back.step}: {back.reason}; back to step {to}, with other noise and "
+        f"another order of the data (roll-back {same + 1} of {plan.config.guard.rollbacks})"
+    )
+    if dist.get_global_rank() == 0:
+        path.add_rollback(back.step, to, back.reason)
+
+
+def _objective(plan: Plan, name: str, rollbacks: int) -> Objective:
     config, stage = plan.config, plan.config.stages[name]
     return Objective(
         edm=EDM(**config.edm.model_dump(), p_mean=stage.p_mean, p_std=stage.p_std),
@@ -92,7 +152,7 @@ def _objective(plan: Plan, name: str) -> Objective:
         mask_ratio=stage.mask_ratio,
         caption_drop=config.data.caption_drop,
         seed=config.seed,
-        stage=name,
+        stage=stage_key(name, rollbacks),
         batch_size=stage.batch_size,
         rows=global_rows(),
     )
@@ -125,10 +185,11 @@ def _trainer(
     model: DiffusionModel,
     callbacks: Sequence[Callback],
     resume: Path | None,
+    rollbacks: int,
 ) -> Trainer:
     config, stage = plan.config, plan.config.stages[name]
     device = get_device(None)
-    dataset = make_dataset(plan, name)
+    dataset = make_dataset(plan, name, rollbacks=rollbacks)
     loader = make_loader(dataset, config.data.workers, config.data.text == "trimmed")
     precision = config.precision
     if precision == "auto":
@@ -143,14 +204,7 @@ def _trainer(
             ),
             max_duration=f"{stage.steps}ba",
             optimizers=make_optimizer(model.parameters(), config.optimizer, stage.lr),
-            callbacks=[
-                StepFunctions(model, stage),
-                ClipGradients(stage.clip),
-                StopAtNaN(name),
-                SaveCheckpoints(path, stage, config.checkpoint.keep),
-                Progress(name, stage.steps, config.logging.every),
-                *callbacks,
-            ],
+            callbacks=callbacks,
             loggers=_loggers(config, path.path),
             run_name=f"{config.name}-{name}",
             progress_bar=False,
@@ -223,8 +277,3 @@ def _loggers(config: Config, path: Path) -> list[Any]:
         except ImportError as error:
             raise SettingError(f"logging.to={name}: pip install {name} first") from error
     return made
-
-
-def _say(text: str) -> None:
-    if dist.get_global_rank() == 0:
-        print(text, file=sys.stderr, flush=True)

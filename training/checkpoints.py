@@ -40,6 +40,8 @@ class CheckpointState:
     model: dict[str, Tensor]
     average: dict[str, Tensor] | None
     optimizers: dict[str, Any]
+    rollbacks: int  # of its stage up to it
+    device_seconds: float  # that the run had taken
 
     def check(self, network: MicroDiT) -> None:
         """That the checkpoint is one of this very network.
@@ -99,7 +101,15 @@ def read(path: Path) -> CheckpointState:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]
         average = state["callbacks"]["EMA"]["average"]
         _ = state["timestamp"], state["dataset_state"]  # Composer would do without
-        return CheckpointState(path, state["model"], average, state["optimizers"])
+        callbacks = state["callbacks"]
+        return CheckpointState(
+            path,
+            state["model"],
+            average,
+            state["optimizers"],
+            callbacks["Guard"]["rollbacks"],
+            callbacks["Metrics"]["device_seconds"],
+        )
     except FileNotFoundError as error:
         raise SettingError(
             f"{path}: the last checkpoint of a finished stage is missing, so the next stage cannot "

@@ -36,6 +36,7 @@ class EMA(Callback):
         self._decay = decay
         self._start = start
         self._average = average if decay is not None and start == 0 else None
+        self.skip = False  # set by the guard: the last step changed no weight
 
     def fit_start(self, state: State, logger: Logger) -> None:
         device = next(iter(self._parameters.values())).device
@@ -45,6 +46,8 @@ class EMA(Callback):
             self._begin(0)
 
     def batch_end(self, state: State, logger: Logger) -> None:
+        if self.skip:
+            return
         if self._average is None:
             self._begin(state.timestamp.batch.value)
         else:
@@ -55,6 +58,10 @@ class EMA(Callback):
     def averaged(self) -> dict[str, Tensor]:
         """The average by parameter name; the weights themselves where there is none."""
         return self._average or {k: v.detach() for k, v in self._parameters.items()}
+
+    def averages(self) -> dict[str, dict[str, Tensor]]:
+        """Every average that there is by now: its name -> tensors by parameter name."""
+        return {} if self._average is None else {"ema": self._average}
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self._average}

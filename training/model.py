@@ -27,7 +27,7 @@ class Objective:
     mask_ratio: float
     caption_drop: float
     seed: int
-    stage: str
+    stage: str  # its `stage_key`
     batch_size: int  # over all ranks
     rows: Rows  # of this rank
 
@@ -62,6 +62,15 @@ class DiffusionModel(ComposerModel):
             y,
             y_mask,
             self._mask(draws.mask[index], objective.mask_ratio),
+        )
+
+    @torch.no_grad()
+    def heldout_loss(self, batch: dict[str, Tensor], level: Tensor, noise: Tensor) -> Tensor:
+        """Loss of each sample, float32 (B,), at given unit normal numbers: level (B,) decides
+        sigma. No patch is masked and no caption dropped."""
+        edm = self.objective.edm
+        return edm.loss(
+            self.dit, batch["latents"], edm.sigma(level), noise, batch["y"], batch.get("y_mask")
         )
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
