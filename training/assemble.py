@@ -108,9 +108,7 @@ def _attempt(
         if done < stage.steps:
             trainer.fit()
         if dist.get_global_rank() == 0:
-            rows = journal.read(path.metrics)
-            if rows:
-                curve.draw(rows, f"{config.name}, stage {name}", path.curve)
+            curve.draw(journal.read(path.metrics), f"{config.name}, stage {name}", path.curve)
             _export(plan, name, path, model, ema)
             say(f"stage {name}: finished, weights in {config.run_folder() / folder.MODEL}")
         return None
@@ -132,9 +130,9 @@ def _roll_back(plan: Plan, name: str, path: StageFolder, back: RollBack) -> None
     same = sum(1 for _ in itertools.takewhile(lambda r: r["to"] == to, reversed(past)))
     if same >= plan.config.guard.rollbacks:
         raise SettingError(
-            f"stage {name}, step {back.step}: {back.reason}; rolled back to step {to} {same} times "
-            "before, guard.rollbacks allows no more. Begin with a lower lr or harder clip in "
-            f"another folder (folder=runs/NAME), or remove {path.path / folder.ROLLBACKS} to try on"
+            f"stage {name}, step {back.step}: {back.reason}, as it was before {same} roll-backs to "
+            f"step {to} (guard.rollbacks={same}). Begin with a lower lr or harder clip in "
+            f"another folder (folder=runs/NAME), or try on with guard.rollbacks={same + 3}"
         )
     say(
         f"stage {name}, step {back.step}: {back.reason}; back to step {to}, with other noise and "

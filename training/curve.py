@@ -12,19 +12,22 @@ WINDOW = 50  # parts of the stage that the mean is taken over
 
 
 def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Training loss, its running mean, and the mean held-out losses, over steps.
+    """Training loss, its running mean, and the mean held-out losses, over steps. Draws nothing
+    where no step has a loss.
 
     Args:
-        rows: of a journal, with a step that has a loss among them.
+        rows: of a journal.
         path: the PNG; its folder exists.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    steps, losses = _series(rows, "train/loss")
+    if not losses:
+        return
     figure = Figure((8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    steps, losses = _series(rows, "train/loss")
     axes.plot(steps, losses, color="0.8", linewidth=0.8, label="training, each step")
     window = max(1, len(losses) // WINDOW)
     mean = np.convolve(losses, np.full(window, 1 / window), "valid")
