@@ -65,7 +65,7 @@ class Watch(Callback):
         self.losses: dict[str, list[float]] = {}
         self.rates: dict[str, list[float]] = {}
 
-    def batch_end(self, state, logger) -> None:
+    def batch_end(self, state: Any, logger: Any) -> None:
         loss = state.total_loss_dict["loss/train/total"]
         self.losses.setdefault(state.run_name, []).append(loss)
         self.rates.setdefault(state.run_name, []).append(state.optimizers[0].param_groups[0]["lr"])
@@ -85,7 +85,7 @@ class Poison(Callback):
         self.key = key
         self.rank = rank
 
-    def after_backward(self, state, logger) -> None:
+    def after_backward(self, state: Any, logger: Any) -> None:
         if state.timestamp.batch.value + 1 not in self.steps or dist.get_global_rank() != self.rank:
             return
         model = getattr(state.model, "module", state.model)

@@ -49,7 +49,7 @@ class Weights(Callback):
     def __init__(self) -> None:
         self.seen: list[tuple[torch.Tensor, torch.Tensor, float]] = []
 
-    def batch_end(self, state, logger) -> None:
+    def batch_end(self, state: Any, logger: Any) -> None:
         name, weight = next(iter(state.model.dit.named_parameters()))
         ema = next(c for c in state.callbacks if type(c).__name__ == "EMA")
         count = state.optimizers[0].state[weight]["step"].item()
@@ -78,7 +78,7 @@ def test_no_checkpoint_of_a_bad_row(toy: dict[str, Any], tmp_path: Path) -> None
     seen: dict[int, list[str]] = {}
 
     class Look(Callback):
-        def batch_checkpoint(self, state, logger) -> None:
+        def batch_checkpoint(self, state: Any, logger: Any) -> None:
             folder = StageFolder(tmp_path / "run/masked")
             seen[state.timestamp.batch.value] = [path.name for path in folder.checkpoints()]
 
@@ -95,7 +95,7 @@ def test_what_depends_on_the_data_disappears(
     latents: dict[str, dict[int, float]] = {}
 
     class Batches(Callback):
-        def batch_start(self, state, logger) -> None:
+        def batch_start(self, state: Any, logger: Any) -> None:
             own = latents.setdefault(state.model.objective.stage, {})
             own[state.timestamp.batch.value + 1] = state.batch["latents"].sum().item()
 
@@ -104,7 +104,7 @@ def test_what_depends_on_the_data_disappears(
     bad = {latents["masked"][step] for step in steps}
 
     class BadData(Callback):
-        def after_backward(self, state, logger) -> None:
+        def after_backward(self, state: Any, logger: Any) -> None:
             if state.batch["latents"].sum().item() in bad:
                 next(iter(state.model.parameters())).grad.fill_(float("inf"))
 
@@ -146,7 +146,7 @@ def test_weights_that_are_no_numbers_are_never_saved(toy: dict[str, Any], tmp_pa
     """Even where the stage ends before there are enough bad steps in a row."""
 
     class Break(Callback):
-        def batch_end(self, state, logger) -> None:
+        def batch_end(self, state: Any, logger: Any) -> None:
             if state.timestamp.batch.value == 9:
                 next(iter(state.model.parameters())).data.fill_(float("inf"))
 
@@ -161,7 +161,7 @@ def test_weights_that_are_no_numbers_are_never_saved(toy: dict[str, Any], tmp_pa
 @pytest.mark.parametrize("kind", ["loss_spike", "grad_spike"])
 def test_spikes(toy: dict[str, Any], tmp_path: Path, kind: str, capsys) -> None:
     class Spike(Callback):
-        def batch_start(self, state, logger) -> None:
+        def batch_start(self, state: Any, logger: Any) -> None:
             if state.timestamp.batch.value == 9:
                 state.batch = {**state.batch, "latents": 100 * state.batch["latents"]}
 
