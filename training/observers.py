@@ -25,6 +25,7 @@ from training.progress import Progress
 from training.samples import SampleSheets
 from training.subject import Subject
 from training.text import Caption
+from training.weights import attributions
 
 
 def say(text: str) -> None:
@@ -118,4 +119,7 @@ def _samples(plan: Plan, name: str, subject: Subject, path: StageFolder) -> list
             )
         return samples.distinct([picture.caption for picture in pictures], settings.count)
 
-    return [SampleSheets(subject, settings, captions, path.samples)] if settings.every else []
+    if not settings.every:
+        return []
+    credit = attributions([source.name for source in plan.data[name]])
+    return [SampleSheets(subject, settings, captions, path.samples, credit)]

@@ -40,6 +40,7 @@ class SampleSheets(Callback):
     Args:
         captions: gives the prompts with their token vectors; called when the first sheet is due.
         path: step -> file.
+        credit: attributions, for the sheet's footer.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class SampleSheets(Callback):
         settings: Samples,
         captions: Callable[[], list[Caption]],
         path: Callable[[int], Path],
+        credit: list[str],
     ) -> None:
         self.failed = 0
         self._subject = subject
@@ -57,6 +59,7 @@ class SampleSheets(Callback):
         self._captions: list[Caption] | None = None
         self._decoder: Any = None
         self._path = path
+        self._credit = credit
 
     def batch_end(self, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value
@@ -84,8 +87,8 @@ class SampleSheets(Callback):
         pictures = self._decode(latents)
         texts = [caption.text for caption in self._captions]
         cells = [(text, [picture]) for text, picture in zip(texts, pictures, strict=True)]
-        footer = f"step {step}, {name} weights, guidance {self._settings.guidance:g}"
-        sheet = contact_sheet(cells, footer=footer)
+        made = f"step {step}, {name} weights, guidance {self._settings.guidance:g}"
+        sheet = contact_sheet(cells, footer="; ".join([made, *self._credit]))
         path = self._path(step)
         path.parent.mkdir(exist_ok=True)
         part = path.with_name(f".{path.name}.part")
