@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-WINDOW = 50  # parts of the stage that the mean is taken over
+WINDOWS = 25  # in a stage; the mean is taken over one
 
 
 def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
@@ -29,7 +29,7 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.plot(steps, losses, color="0.8", linewidth=0.8, label="training, each step")
-    window = max(1, len(losses) // WINDOW)
+    window = max(1, len(losses) // WINDOWS)
     mean = np.convolve(losses, np.full(window, 1 / window), "valid")
     axes.plot(steps[window - 1 :], mean, color="C0", label=f"training, mean of {window} steps")
     names = {

@@ -16,6 +16,8 @@ from composer import Callback, Logger, State
 
 from training.model import DiffusionModel
 
+STALL = 0.1  # of a step's time
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -26,6 +28,7 @@ class Totals:
     flops: float = 0.0  # of this rank, forward and backward
     seconds: float = 0.0  # of training: without evaluation, painting and saving
     waited: float = 0.0  # seconds of these in which the trainer had no batch
+    stalls: int = 0  # steps that waited for more than a tenth of their time, after the first
     losses: int = 0  # steps whose loss is a number
     loss: float = 0.0  # their sum
 
@@ -92,13 +95,16 @@ class Meter(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         before, loss = self.totals, state.total_loss_dict["loss/train/total"]
+        seconds = self._now() - self._began
+        waited = self._waited - before.waited > STALL * (seconds - before.seconds)
         samples = state.timestamp.sample.value - state.previous_timestamp.sample.value  # pyright: ignore
         self.totals = Totals(
             steps=before.steps + 1,
             samples=before.samples + samples,
             flops=before.flops + self._model.flops_per_batch(state.batch),
-            seconds=self._now() - self._began,
+            seconds=seconds,
             waited=self._waited,
+            stalls=before.stalls + (before.steps > 0 and waited),
             losses=before.losses + math.isfinite(loss),
             loss=before.loss + (loss if math.isfinite(loss) else 0.0),
         )

@@ -77,6 +77,7 @@ class Metrics(Callback):
         values["train/loss_mean"] = window.mean_loss()
         rates = window.rates(self._price.peak_flops)
         values |= {f"train/{name}": value for name, value in rates.items()}
+        values["train/stalls"] = self._meter.totals.stalls
         hours = self._bill.device_seconds() / 3600
         values["train/device_hours"] = hours
         if self._price.dollars_per_hour is not None:

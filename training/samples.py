@@ -94,7 +94,8 @@ class SampleSheets(Callback):
         part = path.with_name(f".{path.name}.part")
         sheet.save(part, "PNG")
         part.replace(path)
-        logger.log_images(np.asarray(sheet), "samples", channels_last=True, step=step)
+        image = np.asarray(sheet)
+        logger.log_images(image, "samples", channels_last=True, step=step, use_table=False)
 
     def _latents(self, state: State, captions: list[Caption]) -> Tensor:
         """Painted ones (N, C, S, S), on the model's device."""

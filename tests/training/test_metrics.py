@@ -137,8 +137,9 @@ def test_what_is_no_training_is_no_waiting(toy: dict[str, Any], tmp_path: Path) 
             time.sleep(0.1)
 
     assemble.run(plan_of(toy, tmp_path / "slow", evaluate={"every": 0}), [SlowLoader()])
-    shares = journal.read(tmp_path / "slow/masked/metrics.jsonl")
-    assert shares[-1]["train/data_wait_share"] > 0.5
+    row = journal.read(tmp_path / "slow/masked/metrics.jsonl")[-1]
+    assert row["train/data_wait_share"] > 0.5
+    assert row["train/stalls"] == 9  # all but the first step
 
     seconds = []
 
@@ -154,7 +155,9 @@ def test_what_is_no_training_is_no_waiting(toy: dict[str, Any], tmp_path: Path) 
 
 
 def test_rates() -> None:
-    window = Totals(3, 30, 4e12, 4.0, 1.0, 2, 1.0) - Totals(1, 10, 0.0, 2.0, 0.5, 0, 0.0)
+    first = Totals(steps=1, samples=10, seconds=2.0, waited=0.5)
+    last = Totals(steps=3, samples=30, flops=4e12, seconds=4.0, waited=1.0, losses=2, loss=1.0)
+    window = last - first
     assert window.rates(8e12) == {
         "samples_per_second": 10,
         "tflops_per_device": 2,

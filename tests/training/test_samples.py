@@ -71,7 +71,8 @@ def test_held_out_captions_are_the_default(shipped: dict[str, Any], tmp_path: Pa
     from training import samples
 
     asked: list[list[str]] = []
-    plan = plan_of(shipped, tmp_path / "run", samples={"every": 3, "count": 3, "steps": 1})
+    ask = {"every": 3, "count": 3, "steps": 1}
+    plan = plan_of(shipped, tmp_path / "run", samples=ask, logging={"to": ["tensorboard"]})
     stack_tokens = samples.stack
 
     def watched(tokens: list[np.ndarray], trimmed: bool) -> Any:
@@ -85,6 +86,10 @@ def test_held_out_captions_are_the_default(shipped: dict[str, Any], tmp_path: Pa
         assemble.run(plan)
     assert asked == [[f"caption {n} of 00002" for n in range(3)]] * 2
     assert len(list((tmp_path / "run/masked/samples").glob("step-*.png"))) == 2
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run/masked/tensorboard/toy-masked")).Reload()
+    assert [event.step for event in events.Images("samples")] == [3, 4]
 
 
 def test_a_sheet_that_fails_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
