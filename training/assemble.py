@@ -10,7 +10,6 @@ import gc
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from composer import Callback, DataSpec, Trainer
@@ -19,7 +18,6 @@ from composer.utils import dist, get_device
 from pipeline.core.errors import SettingError
 from training import curve, folder, journal, observers, weights
 from training.checkpoints import CheckpointState, allow_only_data, read
-from training.config import Config
 from training.denoiser import EDM
 from training.dit import MicroDiT
 from training.ema import EMA
@@ -28,6 +26,7 @@ from training.folder import StageFolder
 from training.guard import RollBack
 from training.leftovers import of_first_rank
 from training.loader import global_rows, make_dataset, make_loader
+from training.loggers import make_loggers
 from training.meter import Bill
 from training.model import DiffusionModel, Objective
 from training.observers import say
@@ -203,7 +202,7 @@ def _trainer(
             max_duration=f"{stage.steps}ba",
             optimizers=make_optimizer(model.parameters(), config.optimizer, stage.lr),
             callbacks=callbacks,
-            loggers=_loggers(config, path.path),
+            loggers=make_loggers(config, path.path),
             run_name=f"{config.name}-{name}",
             progress_bar=False,
             spin_dataloaders=False,
@@ -249,29 +248,3 @@ def _export(plan: Plan, name: str, path: StageFolder, model: DiffusionModel, ema
         weights.save(path.live, model.dit, {}, live)
     weights.save(path.model, model.dit, ema.averaged(), passport)
     folder.link(path.model, config.run_folder() / folder.MODEL)
-
-
-def _loggers(config: Config, path: Path) -> list[Any]:
-    """Composer's loggers by name.
-
-    Raises:
-        SettingError: the package behind one is not installed.
-    """
-    made = []
-    for name in config.logging.to:
-        try:
-            if name == "tensorboard":
-                from composer.loggers import TensorboardLogger
-
-                made.append(TensorboardLogger(log_dir=str(path / "tensorboard")))
-            elif name == "wandb":
-                from composer.loggers import WandBLogger
-
-                made.append(WandBLogger(project=config.name, name=path.name))
-            else:
-                from composer.loggers import MLFlowLogger
-
-                made.append(MLFlowLogger(experiment_name=config.name, run_name=path.name))
-        except ImportError as error:
-            raise SettingError(f"logging.to={name}: pip install {name} first") from error
-    return made

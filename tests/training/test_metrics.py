@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from composer import Callback
 from PIL import Image
 
+from pipeline.core.errors import SettingError
 from tests.training.runs import Poison, Watch, make_toy, plan_of
 from training import assemble, curve, journal, observers
 from training.flops import flops_per_image
 from training.journal import Journal
+from training.loggers import make_loggers
 from training.meter import Bill, Totals
 from training.metrics import Price, price_of
 
@@ -211,3 +215,38 @@ def test_curve(toy: dict[str, Any], tmp_path: Path) -> None:
         assert len(picture.convert("RGB").getcolors(1 << 20) or ()) > 10
     curve.draw([{"step": 1, "train/loss": None}], "nothing to draw", tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.slow
+def test_weights_and_biases(
+    toy: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two stages, a W&B run each, offline; read back from what wandb wrote."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    stages = {"first": {"steps": 3}, "second": {"steps": 2}}
+    plan = plan_of(toy, tmp_path / "run", stages=stages, logging={"to": ["wandb"]})
+    assemble.run(plan, [Picture()])
+    for stage, steps in (("first", 3), ("second", 2)):
+        [folder] = (tmp_path / "run" / stage / "wandb").glob("offline-run-*")
+        data = next(folder.glob("run-*.wandb")).read_bytes()
+        assert b"train/loss_mean" in data
+        assert b"eval/ema/mean" in data
+        pictures = list((folder / "files/media/images").glob("*.png"))
+        assert [picture.name.split("_")[1] for picture in pictures] == [str(steps)]
+        with Image.open(pictures[0]) as picture:
+            assert picture.size == (6, 4)
+
+
+class Picture(Callback):
+    """Logs one at the end."""
+
+    def fit_end(self, state: Any, logger: Any) -> None:
+        logger.log_images(np.zeros((4, 6, 3), np.uint8), "p", channels_last=True, use_table=False)
+
+
+def test_a_logger_that_is_not_installed(toy: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", None)
+        with pytest.raises(SettingError, match=r"logging\.to=wandb: pip install wandb first"):
+            make_loggers(plan_of(toy, tmp_path, logging={"to": ["wandb"]}).config, tmp_path)
