@@ -14,6 +14,9 @@ from composer.utils import dist
 from pipeline.core.errors import SettingError
 from training.config import Config
 
+# Composer's logger for MLflow knows no newer one.
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow>=2.14.1,<3"}
+
 
 def make_loggers(config: Config, path: Path) -> list[LoggerDestination]:
     """The loggers of one stage, whose folder is `path`.
@@ -35,7 +38,9 @@ def make_loggers(config: Config, path: Path) -> list[LoggerDestination]:
 
                 made.append(MLFlowLogger(experiment_name=config.name, run_name=path.name))
         except ImportError as error:
-            raise SettingError(f"logging.to={name}: pip install {name} first") from error
+            raise SettingError(
+                f"logging.to={name}: pip install '{PACKAGES[name]}' first"
+            ) from error
     return made
 
 

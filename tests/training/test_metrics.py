@@ -248,5 +248,5 @@ class Picture(Callback):
 def test_a_logger_that_is_not_installed(toy: dict[str, Any], tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "wandb", None)
-        with pytest.raises(SettingError, match=r"logging\.to=wandb: pip install wandb first"):
+        with pytest.raises(SettingError, match=r"logging\.to=wandb: pip install 'wandb' first"):
             make_loggers(plan_of(toy, tmp_path, logging={"to": ["wandb"]}).config, tmp_path)
