@@ -59,6 +59,7 @@ class SaveCheckpoints(Callback):
         due = step % self._stage.save_every == 0 and not self._guard.in_a_row
         if due or step == self._stage.steps:
             with self._meter.aside():
+                self._guard.require_finite(state)
                 self._save(state, step)
 
     def _save(self, state: State, step: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,7 +43,6 @@ class Guard(Callback):
     same two numbers, so they decide alike.
 
     Args:
-        steps: the stage's length.
         clip: largest norm of the gradients of all micro-batches together; None: any.
         ema: told not to count a step that was skipped.
         rollbacks: how often the stage was rolled back so far; it travels with each checkpoint.
@@ -53,7 +52,6 @@ class Guard(Callback):
     def __init__(
         self,
         settings: Settings,
-        steps: int,
         clip: float | None,
         ema: EMA,
         rollbacks: int,
@@ -65,7 +63,6 @@ class Guard(Callback):
         self.rollbacks = rollbacks
         self._settings = settings
         self._say = say
-        self._steps = steps
         self._clip = clip
         self._ema = ema
         self._losses: deque[float] = deque(maxlen=settings.window)
@@ -108,12 +105,19 @@ class Guard(Callback):
         step = state.timestamp.batch.value
         if self.in_a_row >= self._settings.in_a_row:
             raise RollBack(step, f"{self._reason}, {self.in_a_row} bad steps in a row")
-        if step == self._steps and not _finite(state.model.parameters()):
-            raise RollBack(step, f"{self._reason}, and weights are no numbers")
         self._say(
             step,
             f"{self._reason}: step skipped ({self.in_a_row} in a row, {self.skipped} of the stage)",
         )
+
+    def require_finite(self, state: State) -> None:
+        """Raises RollBack where a weight is no number: it must not get into a checkpoint."""
+        weights = [p.to_local() if isinstance(p, DTensor) else p for p in state.model.parameters()]
+        finite = torch.stack([weight.isfinite().all() for weight in weights]).all().int()
+        dist.all_reduce(finite, reduce_operation="MIN")  # ranks may hold different parts
+        if not finite.item():
+            reason = " and ".join(filter(None, (self._reason, "weights are no numbers")))
+            raise RollBack(state.timestamp.batch.value, reason)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -155,10 +159,6 @@ def threshold(history: deque[float], deviations: float) -> float:
     middle = statistics.median(history)
     spread = statistics.median(abs(value - middle) for value in history)
     return middle + deviations * NORMAL * spread
-
-
-def _finite(parameters: Iterable[nn.Parameter]) -> bool:
-    return all(bool(parameter.isfinite().all()) for parameter in parameters)
 
 
 def _device(state: State) -> torch.device:

@@ -54,7 +54,7 @@ def callbacks(
         say(f"{name} {step}/{stage.steps}  {text}")
 
     meter = Meter(model)
-    guard = Guard(config.guard, stage.steps, stage.clip, ema, rollbacks, tell)
+    guard = Guard(config.guard, stage.clip, ema, rollbacks, tell)
     price = price_of(get_device(None).name, estimate.peak_tflops, estimate.dollars_per_gpu_hour)
     metrics = Metrics(
         meter,

@@ -142,20 +142,26 @@ def test_what_does_not_go_away_ends_the_run(toy: dict[str, Any], tmp_path: Path,
     assert folder.finished()
 
 
-def test_weights_that_are_no_numbers_are_never_saved(toy: dict[str, Any], tmp_path: Path) -> None:
-    """Even where the stage ends before there are enough bad steps in a row."""
-
+@pytest.mark.parametrize(
+    ("step", "stop", "reason", "last"),
+    [
+        (8, 8, "weights are no numbers", 4),  # a checkpoint is due after a step that was good
+        (9, 10, "the loss is nan and .* and weights are no numbers", 8),  # the stage ends too soon
+    ],
+)
+def test_weights_that_are_no_numbers_are_never_saved(
+    toy: dict[str, Any], tmp_path: Path, step: int, stop: int, reason: str, last: int
+) -> None:
     class Break(Callback):
         def batch_end(self, state: Any, logger: Any) -> None:
-            if state.timestamp.batch.value == 9:
+            if state.timestamp.batch.value == step:
                 next(iter(state.model.parameters())).data.fill_(float("inf"))
 
     plan = plan_of(toy, tmp_path / "run", guard={"rollbacks": 1})
-    with pytest.raises(SettingError, match=r"step 10: the loss is nan.*weights are no numbers"):
+    with pytest.raises(SettingError, match=rf"step {stop}: {reason}, as it was before 1 roll-back"):
         assemble.run(plan, [Break()])
-    assert [path.name for path in StageFolder(tmp_path / "run/masked").checkpoints()] == [
-        "step-00000008.pt"
-    ]
+    [checkpoint] = StageFolder(tmp_path / "run/masked").checkpoints()
+    assert checkpoint.name == f"step-{last:08d}.pt"
 
 
 @pytest.mark.parametrize("kind", ["loss_spike", "grad_spike"])
