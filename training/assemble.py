@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,10 +19,9 @@ from composer.utils import dist, get_device
 from pipeline.core.errors import SettingError
 from training import curve, folder, journal, observers, weights
 from training.checkpoints import CheckpointState, allow_only_data, read
-from training.denoiser import EDM
+from training.config import Power
 from training.dit import MicroDiT
 from training.ema import EMA
-from training.estimate import network_config
 from training.folder import StageFolder
 from training.guard import RollBack
 from training.leftovers import of_first_rank
@@ -29,9 +29,10 @@ from training.loader import global_rows, make_dataset, make_loader
 from training.loggers import make_loggers
 from training.meter import Bill
 from training.model import DiffusionModel, Objective
+from training.objectives import OBJECTIVES
 from training.observers import say
 from training.optim import make_optimizer
-from training.preflight import Plan, world_size
+from training.preflight import Plan, network_config, world_size
 from training.randomness import keyed_seed, stage_key
 
 
@@ -95,8 +96,8 @@ def _attempt(
     if start is not None:
         bill.at_least(start.device_seconds)
     model = DiffusionModel(_network(plan, name, start, resume), _objective(plan, name, rollbacks))
-    average = start.average if start else None
-    ema = EMA(model.dit, stage.ema, stage.ema_start, average)
+    averages = start.averages if start else None
+    ema = EMA(model.dit, stage.averages(), stage.ema_start, averages)
     own = observers.callbacks(plan, name, path, model, ema, rollbacks, bill)
     trainer = _trainer(plan, name, path, model, [*own, *callbacks], resume, rollbacks)
     if start is not None and stage.keep_moments:
@@ -143,9 +144,10 @@ def _roll_back(plan: Plan, name: str, path: StageFolder, back: RollBack) -> None
 
 def _objective(plan: Plan, name: str, rollbacks: int) -> Objective:
     config, stage = plan.config, plan.config.stages[name]
+    denoiser = pkgutil.resolve_name(OBJECTIVES[config.objective])
     return Objective(
-        edm=EDM(**config.edm.model_dump(), p_mean=stage.p_mean, p_std=stage.p_std),
-        mask=stage.mask,
+        denoiser=denoiser(**config.objective_settings(stage)),
+        mask=stage.scheme(),
         mask_ratio=stage.mask_ratio,
         caption_drop=config.data.caption_drop,
         seed=config.seed,
@@ -200,7 +202,7 @@ def _trainer(
                 loader, get_num_samples_in_batch=lambda batch: len(batch["latents"])
             ),
             max_duration=f"{stage.steps}ba",
-            optimizers=make_optimizer(model.parameters(), config.optimizer, stage.lr),
+            optimizers=make_optimizer(model, config.optimizer, stage.lr),
             callbacks=callbacks,
             loggers=make_loggers(config, path.path),
             run_name=f"{config.name}-{name}",
@@ -223,16 +225,15 @@ def _trainer(
 
 
 def _export(plan: Plan, name: str, path: StageFolder, model: DiffusionModel, ema: EMA) -> None:
-    """The finished stage's weights, also as those of the run."""
+    """The finished stage's weights, the first average of them also as those of the run."""
     config, stage, sources = plan.config, plan.config.stages[name], plan.data[name]
-    averaged = stage.ema is not None and stage.steps >= stage.ema_start
-    passport = weights.Passport(
+    live = weights.Passport(
         run=config.name,
         stage=name,
         step=stage.steps,
-        weights="ema" if averaged else "live",
-        ema=stage.ema if averaged else None,
-        **weights.facts(model.dit, model.objective.edm),
+        weights="live",
+        ema=None,
+        **weights.facts(model.dit, model.objective.denoiser),
         resolution=stage.resolution,
         vae=sources[0].latents.vae,
         text_encoder=sources[0].text.text_encoder,
@@ -243,8 +244,14 @@ def _export(plan: Plan, name: str, path: StageFolder, model: DiffusionModel, ema
         attribution=weights.attributions([source.name for source in sources]),
         config=config.model_dump(mode="json"),
     )
-    if averaged:
-        live = passport.model_copy(update={"weights": "live", "ema": None})
+    if not stage.ema or stage.steps < stage.ema_start:
+        weights.save(path.model, model.dit, {}, live)
+    else:
         weights.save(path.live, model.dit, {}, live)
-    weights.save(path.model, model.dit, ema.averaged(), passport)
+        # The first comes last: with it the stage is finished.
+        for number, (average, profile) in reversed([*enumerate(stage.averages().items())]):
+            kind = average if isinstance(profile, Power) else profile
+            passport = live.model_copy(update={"weights": "ema", "ema": kind})
+            file = path.average(average) if number else path.model
+            weights.save(file, model.dit, ema.averaged(average), passport)
     folder.link(path.model, config.run_folder() / folder.MODEL)

@@ -30,7 +30,7 @@ class StepFunctions(Callback):
         self._model.step = step
         rate = learning_rate(self._stage, step)
         for group in state.optimizers[0].param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_factor"]
 
 
 class SaveCheckpoints(Callback):

@@ -7,7 +7,7 @@ import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from composer import State
@@ -19,7 +19,6 @@ from pipeline.core.errors import SettingError
 from training.dit import MicroDiT
 
 PREFIX = "dit."  # of the network in the ComposerModel, as in the released project's checkpoints
-BUFFERS = ("pos_embed", "mask_token")  # follow from the config; positions change with resolution
 
 
 def allow_only_data() -> None:
@@ -32,13 +31,22 @@ def allow_only_data() -> None:
     torch.serialization.add_safe_globals([datetime.timedelta, TorchVersion])
 
 
+class Average(TypedDict):
+    """One of the averages of the weights that `training.ema.EMA` keeps."""
+
+    updates: int
+    """Since it began."""
+    values: dict[str, Tensor]
+    """By parameter name."""
+
+
 @dataclass(frozen=True)
 class CheckpointState:
     """The parts of a checkpoint that are read without Composer."""
 
     path: Path
     model: dict[str, Tensor]
-    average: dict[str, Tensor] | None
+    averages: dict[str, Average]  # by name
     optimizers: dict[str, Any]
     rollbacks: int  # of its stage up to it
     device_seconds: float  # that the run had taken
@@ -66,46 +74,50 @@ class CheckpointState:
         Raises:
             SettingError: weights of another architecture.
         """
-        own = network.state_dict()
-        tensors = {
-            name.removeprefix(PREFIX): value
-            for name, value in self.model.items()
-            if name.removeprefix(PREFIX) not in BUFFERS
-        }
-        tensors |= {name: own[name] for name in BUFFERS}
+        # Buffers follow from the config; positions change with the resolution.
+        tensors = {name.removeprefix(PREFIX): value for name, value in self.model.items()}
+        tensors |= dict(network.named_buffers())
         try:
             network.load_state_dict(tensors)
         except RuntimeError as error:
             raise SettingError(f"{self.path}: {' '.join(str(error).split())[:300]}") from error
 
     def restore_moments(self, state: State) -> None:
-        """AdamW's moments; the learning rate and other settings stay those of the new stage."""
+        """The optimizer's moments; the learning rate and other settings stay the new stage's.
+
+        Raises:
+            SettingError: moments of another optimizer.
+        """
         optimizer = state.optimizers[0]
+        own = type(optimizer).__qualname__
+        if own not in self.optimizers:
+            raise SettingError(
+                f"keep_moments: {self.path} has moments of {', '.join(self.optimizers)}, which "
+                f"{own} cannot go on with; set keep_moments=false, or keep the optimizer"
+            )
         groups = [
             {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
         ]
-        set_optimizer_state_dict(
-            state.model, optimizer, optim_state_dict=self.optimizers[type(optimizer).__qualname__]
-        )
+        set_optimizer_state_dict(state.model, optimizer, optim_state_dict=self.optimizers[own])
         for group, settings in zip(optimizer.param_groups, groups, strict=True):
             group.update(settings)
 
 
 def read(path: Path) -> CheckpointState:
-    """A checkpoint's weights, average and optimizer state, on the CPU.
+    """A checkpoint's weights, averages and optimizer state, on the CPU.
 
     Raises:
         SettingError: not there, truncated, or holding more than data.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]
-        average = state["callbacks"]["EMA"]["average"]
+        averages = state["callbacks"]["EMA"]["averages"]
         _ = state["timestamp"], state["dataset_state"]  # Composer would do without
         callbacks = state["callbacks"]
         return CheckpointState(
             path,
             state["model"],
-            average,
+            averages,
             state["optimizers"],
             callbacks["Guard"]["rollbacks"],
             callbacks["Metrics"]["device_seconds"],

@@ -28,13 +28,16 @@ from pydantic_core import ErrorDetails
 
 from pipeline.core import layout
 from pipeline.core.errors import SettingError, nearest
-from training.masking import MASKS
+from training.dit_config import FeedForward
+from training.masking.ratio import Ratio, RatioSchedule
+from training.masking.scheme import Scheme, make_scheme
 
 STAGE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # a stage's name is a folder's name
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+_SCHEDULE = (dict, RatioSchedule)
 Pair = Annotated[tuple[Positive, Positive], Field(strict=False)]  # YAML has lists, no tuples
 
 
@@ -52,6 +55,12 @@ Sources = Annotated[
     Annotated[list[str], Field(min_length=1), AfterValidator(_unique), Tag("[names]")]
     | Annotated[dict[str, Positive], Field(min_length=1), Tag("[weights]")],
     Discriminator(lambda value: "[weights]" if isinstance(value, dict) else "[names]"),
+]
+
+# A share of an image's patches, or how it changes over the stage's steps.
+MaskRatio = Annotated[
+    Annotated[Ratio, Tag("[number]")] | Annotated[RatioSchedule, Tag("[schedule]")],
+    Discriminator(lambda value: "[schedule]" if isinstance(value, _SCHEDULE) else "[number]"),
 ]
 
 
@@ -82,7 +91,7 @@ class Data(Section):
 
 
 class Model(Section):
-    """A network of the paper, or sizes that replace some of its own; see training.dit.DiTConfig."""
+    """A network of the paper, or sizes that replace some of its own; see DiTConfig."""
 
     arch: Literal["MicroDiT_XL_2", "MicroDiT_Tiny_2", "custom"]  # custom: DiTConfig's defaults
     base_resolution: Count | None = None  # where positions have scale 1; default: first stage's
@@ -92,6 +101,7 @@ class Model(Section):
     head_dim: Count | None = None
     qkv_multipliers: Pair | None = None
     ffn_multipliers: Pair | None = None
+    feed_forward: FeedForward | None = None
     multiple_of: Count | None = None
     mixer_width: Count | None = None
     mixer_depth: Annotated[int, Field(ge=0)] | None = None
@@ -99,6 +109,8 @@ class Model(Section):
     num_experts: Count | None = None
     expert_capacity: Positive | None = None
     moe_every: Annotated[int, Field(ge=0)] | None = None
+    decoder_width: Count | None = None
+    decoder_depth: Annotated[int, Field(ge=0)] | None = None
     norm_eps: Positive | None = None
 
     def sizes(self) -> dict[str, Any]:
@@ -107,15 +119,32 @@ class Model(Section):
 
 
 class Edm(Section):
-    """Noise levels and preconditioning that all stages share; see training.denoiser.EDM."""
+    """What all stages share of objective edm; see training.objectives.edm.EDM."""
 
     sigma_data: Positive = 0.9
     sigma_min: Positive = 0.002
     sigma_max: Positive = 80.0
 
 
+# Objective -> the settings of a stage that it alone reads, with their defaults: how noise levels
+# are drawn in training, and flow's shift of them.
+NOISE: dict[str, dict[str, float]] = {
+    "edm": {"p_mean": -0.6, "p_std": 1.2},
+    "flow": {"logit_mean": 0.0, "logit_std": 1.0, "shift": 1.0},
+}
+
+
+class Muon(Section):
+    """Muon for the matrices of the blocks, AdamW for all else; see training.muon.Muon."""
+
+    lr: Positive = 1.0  # times the stage's lr
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    nesterov: bool = True
+    scale: Literal["rms", "spectral"] = "rms"  # of an update: AdamW's (Moonlight), or Muon's own
+
+
 class Optimizer(Section):
-    """AdamW, on every parameter; the learning rate belongs to the stages."""
+    """AdamW, and where `muon` is given Muon too; the learning rate belongs to the stages."""
 
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
@@ -123,6 +152,29 @@ class Optimizer(Section):
     ] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    expert_lr: Positive = 0.5  # of the mixture-of-experts layers, times what it is elsewhere
+    muon: Muon | None = None
+
+
+class Power(Section):
+    """A power-function average (Karras et al. 2024, arXiv 2312.02696): of all steps, most of the
+    last; `power` is its width relative to the training so far, sigma_rel of equation 2."""
+
+    power: Annotated[float, Field(gt=0, lt=0.28)]
+
+
+Decay = Annotated[float, Field(gt=0, lt=1)]  # of an exponential average, a step
+Profile = Annotated[
+    Annotated[Decay, Tag("[decay]")] | Annotated[Power, Tag("[power]")],
+    Discriminator(lambda value: "[power]" if isinstance(value, dict | Power) else "[decay]"),
+]
+# One average of the weights or several: 0.9999, {power: 0.1}, [0.9999, {power: 0.1}]. The first is
+# what the stage's model.safetensors holds.
+Averages = Annotated[
+    Annotated[Profile, Tag("[one]")]
+    | Annotated[list[Profile], Field(min_length=1), Tag("[several]")],
+    Discriminator(lambda value: "[several]" if isinstance(value, list) else "[one]"),
+]
 
 
 class Stage(Section):
@@ -135,31 +187,59 @@ class Stage(Section):
     sources: Sources | None = None  # default: data.sources
     microbatch: Count | None = None  # samples a rank computes at once; default: all of its share
     mask: str = "none"  # a scheme of training.masking
-    mask_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of patches the backbone drops
+    mask_ratio: MaskRatio = 0.0  # share of patches that are masked
+    mask_block: Literal[2, 4, 8] | None = None  # side of the cells that mask block drops
+    tread_blocks: Annotated[tuple[int, int], Field(strict=False)] | None = None  # first and last
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0  # steps of linear warm-up, then the schedule
     final_lr: Share = 0.0  # where cosine ends, as a share of lr
-    p_mean: float = -0.6  # of ln(sigma)
-    p_std: Positive = 1.2
+    p_mean: float | None = None  # edm: of ln(sigma); default -0.6
+    p_std: Positive | None = None  # edm; default 1.2
+    logit_mean: float | None = None  # flow: of logit(t); default 0
+    logit_std: Positive | None = None  # flow; default 1
+    shift: Positive | None = None  # flow: towards noise, where there are more pixels; default 1
     clip: Positive | None = None  # largest global gradient norm
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay a step; none: no average
-    ema_start: Annotated[int, Field(ge=0)] = 0  # the average restarts at the weights of this step
-    keep_moments: bool = False  # go on with the previous stage's AdamW moments
+    ema: Averages | None = None  # averages of the weights; none: no average
+    ema_start: Annotated[int, Field(ge=0)] = 0  # the averages restart at the weights of this step
+    keep_moments: bool = False  # go on with the previous stage's moments of the optimizer
     save_every: Count = 1000  # steps between checkpoints
 
     @model_validator(mode="after")
     def _check(self) -> Stage:
-        if self.mask not in MASKS:
+        self.scheme()
+        ratio = self.mask_ratio
+        if self.mask == "none" and ratio:
+            shown = "" if isinstance(ratio, RatioSchedule) else f" {ratio}"
+            raise ValueError(f"mask_ratio{shown} with mask none: name a mask, deferred")
+        if isinstance(ratio, RatioSchedule) and ratio.steps > self.steps:
             raise ValueError(
-                f"mask {self.mask}: unknown{nearest(self.mask, MASKS)}; known: {', '.join(MASKS)}"
+                f"mask_ratio.steps {ratio.steps}: beyond the stage's {self.steps} steps"
             )
-        if self.mask == "none" and self.mask_ratio:
-            raise ValueError(f"mask_ratio {self.mask_ratio} with mask none: name a mask, deferred")
         if self.warmup >= self.steps and self.warmup:
             raise ValueError(f"warmup {self.warmup}: must be shorter than steps {self.steps}")
         if self.ema_start and self.ema is None:
             raise ValueError(f"ema_start {self.ema_start} without ema: give a decay, e.g. 0.9999")
+        if isinstance(self.ema, list) and len(self.averages()) < len(self.ema):
+            raise ValueError(f"ema {', '.join(self.averages())}: one of them is there twice")
         return self
+
+    def scheme(self) -> Scheme:
+        """The masking scheme with its settings.
+
+        Raises:
+            ValueError: settings that do not fit each other.
+        """
+        settings = {"mask_block": self.mask_block, "tread_blocks": self.tread_blocks}
+        return make_scheme(self.mask, settings)
+
+    def averages(self) -> dict[str, float | Power]:
+        """The averages of the weights by name, which is also part of their files' names."""
+        profiles = self.ema if isinstance(self.ema, list) else [self.ema]
+        return {
+            f"power-{profile.power}" if isinstance(profile, Power) else str(profile): profile
+            for profile in profiles
+            if profile is not None
+        }
 
 
 class Logging(Section):
@@ -216,10 +296,14 @@ class Config(Section):
     folder: str = ""  # default runs/<name>
     seed: Annotated[int, Field(ge=0)] = 18
     precision: Literal["auto", "fp32", "amp_bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
+    # released: as the published code trains, which applies neither its averages of the weights nor
+    # its experts' learning rate; `resolve` sets ema and optimizer.expert_lr to what that means.
+    fidelity: Literal["intended", "released"] = "intended"
     dry_run: bool = False  # print the resolved config and the costs, train nothing
     data: Data
     model: Model
-    edm: Edm = Edm()
+    objective: Literal["edm", "flow"] = "edm"  # see training.objectives
+    edm: Edm | None = None  # of objective edm
     optimizer: Optimizer = Optimizer()
     logging: Logging = Logging()
     checkpoint: Checkpoint = Checkpoint()
@@ -228,6 +312,28 @@ class Config(Section):
     guard: Guard = Guard()
     estimate: Estimate = Estimate()
     stages: dict[Annotated[str, Field(pattern=STAGE_NAME)], Stage]
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.edm is not None and self.objective != "edm":
+            raise ValueError(f"edm: not read by objective {self.objective}; remove the section")
+        for name, stage in self.stages.items():
+            for objective, keys in NOISE.items():
+                for key in keys:
+                    if (getattr(stage, key) is None) == (objective == self.objective):
+                        raise ValueError(f"stages.{name}.{key}: {self._why_not(key)}")
+        return self
+
+    def _why_not(self, key: str) -> str:
+        own = NOISE[self.objective]
+        if key in own:
+            return f"objective {self.objective} needs a number; its default is {own[key]:g}"
+        return f"not read by objective {self.objective}, which reads {', '.join(own)}"
+
+    def objective_settings(self, stage: Stage) -> dict[str, float]:
+        """The fields of the objective's dataclass at a stage."""
+        shared = self.edm.model_dump() if self.edm else {}
+        return shared | {key: getattr(stage, key) for key in NOISE[self.objective]}
 
     def run_folder(self) -> Path:
         return Path(self.folder or f"runs/{self.name}")
@@ -244,6 +350,9 @@ class Config(Section):
 def load(arguments: Sequence[str]) -> Config:
     """`FILE.yaml [dotted.key=value …]` -> the resolved config.
 
+    A file that says `base: OTHER.yaml` states only what differs from that file, which lies relative
+    to it; mappings are merged key by key, anything else is replaced.
+
     Raises:
         SettingError: no such file, no YAML, an unknown key or stage, a wrong type; a line each.
     """
@@ -254,12 +363,12 @@ def load(arguments: Sequence[str]) -> Config:
             f"give one YAML file, then dotted.key=value; files given: {shown}. "
             "For example: composer training/train.py yamls/demo.yaml stages.full.lr=1e-3"
         )
-    raw = _read(Path(files[0]), [a for a in arguments if "=" in a])
-    return resolve(raw)
+    return resolve(_read(Path(files[0]), [a for a in arguments if "=" in a]))
 
 
 def resolve(raw: dict[str, Any]) -> Config:
-    """A nested mapping as a YAML file holds it -> the config, each stage completed by `defaults`.
+    """A nested mapping as a YAML file holds it -> the config, each stage completed by `defaults`,
+    then by what the objective and `fidelity` imply.
 
     Raises:
         SettingError: a key that is unknown or missing, or a value of a wrong type; a line each.
@@ -276,9 +385,18 @@ def resolve(raw: dict[str, Any]) -> Config:
         wrong = [e for e in error.errors() if e["type"] not in ("missing", "value_error")]
         if wrong:
             raise SettingError(_lines(wrong, ["defaults"])) from error
-    merged = {str(k): {**defaults, **_mapping(v, f"stages.{k}")} for k, v in stages.items()}
+    objective = raw.setdefault("objective", "edm")
+    noise = NOISE.get(objective, {}) if isinstance(objective, str) else {}
+    own = {str(k): _mapping(v, f"stages.{k}") for k, v in stages.items()}
+    raw["stages"] = {name: {**noise, **defaults, **stage} for name, stage in own.items()}
+    if objective == "edm":
+        raw["edm"] = _mapping(raw.get("edm"), "edm")
+    if raw.get("fidelity") == "released":
+        raw["optimizer"] = _mapping(raw.get("optimizer"), "optimizer") | {"expert_lr": 1.0}
+        for stage in raw["stages"].values():
+            stage.update(ema=None, ema_start=0)
     try:
-        return Config.model_validate({**raw, "stages": merged})
+        return Config.model_validate(raw)
     except ValidationError as error:
         raise SettingError(_lines(error.errors(), [])) from error
 
@@ -288,23 +406,46 @@ def _read(path: Path, overrides: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    file = _file(path, ())
+    _known_stages(overrides, [str(key) for key in _mapping(file.get("stages"), "stages")])
     try:
-        base = OmegaConf.load(path)
-    except OSError as error:
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")])
-        raise SettingError(f"{path}: {error.strerror}{near}") from error
-    except yaml.YAMLError as error:
-        raise SettingError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    try:
-        file = OmegaConf.to_container(base)
-        if not isinstance(file, dict):
-            raise SettingError(f"{path}: expected a mapping of settings, found a list")
-        _known_stages(overrides, [str(key) for key in _mapping(file.get("stages"), "stages")])
-        merged = OmegaConf.merge(base, OmegaConf.from_dotlist(overrides))
-        result = OmegaConf.to_container(merged, resolve=True)
+        changes = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
+        result = OmegaConf.to_container(OmegaConf.create(_merged(file, changes)), resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise SettingError(f"{path}: {' '.join(str(error).split())}") from error
     return {str(key): value for key, value in result.items()}  # pyright: ignore
+
+
+def _file(path: Path, above: tuple[Path, ...]) -> dict[Any, Any]:
+    """What a file says, on top of what its base says. `above`: the files whose base it is."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    shown = " -> ".join(map(str, (*above, path)))
+    if path.resolve() in [other.resolve() for other in above]:
+        raise SettingError(f"base: {shown}: a file cannot be its own base; remove one of them")
+    try:
+        file = OmegaConf.to_container(OmegaConf.load(path))
+    except OSError as error:
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")])
+        raise SettingError(f"{shown}: {error.strerror}{near}") from error
+    except yaml.YAMLError as error:
+        raise SettingError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(file, dict):
+        raise SettingError(f"{path}: expected a mapping of settings, found a list")
+    if "base" not in file:
+        return file
+    base = file.pop("base")
+    if not isinstance(base, str):
+        raise SettingError(f"{path}: base={base!r}: give one YAML file, relative to this one")
+    return _merged(_file(path.parent / base, (*above, path)), file)
+
+
+def _merged(base: Any, change: Any) -> Any:
+    # OmegaConf's own merge refuses to put a mapping in the place of a list.
+    if not (isinstance(base, dict) and isinstance(change, dict)):
+        return change
+    return base | {key: _merged(base.get(key), value) for key, value in change.items()}
 
 
 def _known_stages(overrides: list[str], stages: list[str]) -> None:
@@ -341,7 +482,7 @@ def _line(error: ErrorDetails, prefix: list[str]) -> str:
         where = " (there or in defaults)" if path[0] == "stages" else ""
         return f"{key}: missing; give it a value{where}"
     if error["type"] == "value_error":
-        return f"{key}: {error['msg'].removeprefix('Value error, ')}"
+        return f"{key}: {error['msg'].removeprefix('Value error, ')}".removeprefix(": ")
     shown = repr(error["input"])
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     message = f"{key}={shown}: {error['msg'][0].lower()}{error['msg'][1:]}"
@@ -352,12 +493,12 @@ def _line(error: ErrorDetails, prefix: list[str]) -> str:
 
 def _suggest(path: list[str]) -> str:
     """The key that was probably meant: of this section, or of the same name in another one."""
-    *section, word = path
+    *section, word = [part for part in path if not part.isdigit()]  # places in a list
     known = _keys()
-    siblings = {k[-1] for k in known if len(k) == len(path) and _matches(k[:-1], section)}
-    elsewhere = [".".join(k) for k in known if k[-1] == word and k[0] != "stages"]
+    siblings = {k[-1] for k in known if len(k) == len(section) + 1 and _matches(k[:-1], section)}
+    elsewhere = [k for k in known if k[-1] == word and k[0] != "stages"]
     if elsewhere:
-        return f'; did you mean "{elsewhere[0]}"?'
+        return f'; did you mean "{".".join(min(elsewhere, key=len))}"?'
     return nearest(word, siblings) or f"; known: {', '.join(sorted(siblings))}"
 
 
@@ -370,10 +511,22 @@ def _keys() -> list[tuple[str, ...]]:
     paths: list[tuple[str, ...]] = [("defaults",)]
     for name, field in Config.model_fields.items():
         paths.append((name,))
-        section: Any = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            paths += [(name, key) for key in section.model_fields]
-        elif get_origin(section) is dict and get_args(section)[1] is Stage:
-            paths += [("defaults", key) for key in Stage.model_fields]
-            paths += [(name, "*", key) for key in Stage.model_fields]
+        inner = _keys_of(field.annotation)
+        if get_origin(field.annotation) is dict:
+            paths += [("defaults", *path) for path in inner]
+            paths += [(name, "*", *path) for path in inner]
+        else:
+            paths += [(name, *path) for path in inner]
     return paths
+
+
+def _keys_of(annotation: Any) -> list[tuple[str, ...]]:
+    """The keys of all sections that a type is made of, and of the sections in them."""
+    if isinstance(annotation, type) and issubclass(annotation, Section | RatioSchedule):
+        return [
+            path
+            for key, field in annotation.model_fields.items()
+            for name in [field.alias or key]
+            for path in [(name,), *((name, *inner) for inner in _keys_of(field.annotation))]
+        ]
+    return [path for part in get_args(annotation) for path in _keys_of(part)]

@@ -16,179 +16,21 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from training.blocks import CaptionBlock, DiTBlock, FinalLayer
+from training.decoder import Decoder
+from training.dit_config import DiTConfig
 from training.layers import (
     CaptionEmbedder,
     CaptionMLP,
-    CrossAttention,
     KeysValues,
     PatchEmbed,
-    SelfAttention,
-    SwiGLU,
     TimestepEmbedder,
     layer_norm,
     position_table,
 )
 from training.masking.tokens import TokenMask
-from training.moe import ExpertChoiceMLP
 
-CAPTION_FFN_MULTIPLIER = 4.0
-CAPTION_STD_OUT = 0.02
-
-_COUNTS = (
-    "patch_size",
-    "in_channels",
-    "width",
-    "depth",
-    "head_dim",
-    "multiple_of",
-    "mixer_width",
-    "num_experts",
-    "caption_width",
-    "caption_length",
-)
-
-
-def _linear(ends: tuple[float, float], count: int) -> list[float]:
-    start, stop = ends
-    if count == 1:
-        return [start]
-    step = (stop - start) / (count - 1)
-    # The last value is exactly the end: its ratio is compared with 1 and its width truncated.
-    return [start + i * step for i in range(count - 1)] + [stop]
-
-
-def _require(ok: bool, name: str, value: object, remedy: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} {value}: {remedy}")
-
-
-@dataclass(frozen=True)
-class BlockShape:
-    """The sizes of one transformer block after layer-wise scaling."""
-
-    width: int
-    attn_width: int
-    ffn_width: int
-    experts: int
-    """Number of experts of its feed-forward; 0 is a dense SwiGLU."""
-
-
-@dataclass(frozen=True)
-class DiTConfig:
-    """Everything that decides the network's shape. The defaults are MicroDiT_Tiny_2.
-
-    Raises:
-        ValueError: a setting that no network can have; the message names it and a remedy.
-    """
-
-    input_size: int = 32
-    """Side of the square latent; 32 is 256 px through a VAE that downsamples by 8."""
-    patch_size: int = 2
-    in_channels: int = 4
-    width: int = 512
-    depth: int = 16
-    head_dim: int = 32
-    qkv_multipliers: tuple[float, float] = (0.5, 1.0)
-    """Self-attention width / width, first to last backbone block, linear in between."""
-    ffn_multipliers: tuple[float, float] = (0.5, 4.0)
-    """Feed-forward width / width, first to last backbone block, before SwiGLU's 2/3."""
-    multiple_of: int = 256
-    """Feed-forward widths are rounded up to a multiple of this."""
-    mixer_width: int = 512
-    mixer_depth: int = 4
-    """Blocks that see all patches; 0 is naive masking."""
-    mixer_ffn_multiplier: float = 4.0
-    num_experts: int = 8
-    expert_capacity: float = 2.0
-    """Experts that choose a token, on average."""
-    moe_every: int = 2
-    """Every n-th block has experts, the last backbone block never; 0 is dense throughout."""
-    caption_width: int = 1024
-    caption_length: int = 77
-    pos_interp_scale: float = 1.0
-    """Positions are divided by this: 2.0 lets a grid twice as fine span the same range."""
-    norm_eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        for name in ("qkv_multipliers", "ffn_multipliers"):  # JSON and YAML give lists
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("qkv_multipliers", "ffn_multipliers"):
-            pair = getattr(self, name)
-            _require(len(pair) == 2 and min(pair) > 0, name, pair, "give two numbers above 0")
-        for name in _COUNTS:
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for name in ("mixer_depth", "moe_every"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        for name in ("mixer_ffn_multiplier", "pos_interp_scale", "norm_eps"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
-        size, patch = self.input_size, self.patch_size
-        remedy = f"choose a latent side that is a multiple of patch_size {patch}"
-        _require(size > 0 and size % patch == 0, "input_size", size, remedy)
-        for name in ("width", "mixer_width"):
-            value = getattr(self, name)
-            remedy = f"choose a multiple of head_dim {self.head_dim}"
-            _require(value % self.head_dim == 0, name, value, remedy)
-        remedy = "choose a multiple of 4 (a sine and a cosine for each of two axes)"
-        _require(self.width % 4 == 0, "width", self.width, remedy)
-        remedy = f"choose above 0 and at most num_experts {self.num_experts}"
-        in_range = 0 < self.expert_capacity <= self.num_experts
-        _require(in_range, "expert_capacity", self.expert_capacity, remedy)
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.input_size // self.patch_size
-
-    @property
-    def tokens(self) -> int:
-        """Patches of one image."""
-        return self.grid**2
-
-    @property
-    def patch_values(self) -> int:
-        """Latent values in one patch."""
-        return self.patch_size**2 * self.in_channels
-
-    def mixer_shapes(self) -> list[BlockShape]:
-        """Sizes of the patch-mixer's blocks, which are all alike but for the experts."""
-        width, ratio = self.mixer_width, self.mixer_ffn_multiplier
-        return [
-            self._block(width, 1.0, ratio, self._has_experts(i)) for i in range(self.mixer_depth)
-        ]
-
-    def backbone_shapes(self) -> list[BlockShape]:
-        """Sizes of the backbone's blocks, growing with depth (OpenELM, layer-wise scaling)."""
-        ratios = zip(
-            _linear(self.qkv_multipliers, self.depth),
-            _linear(self.ffn_multipliers, self.depth),
-            strict=True,
-        )
-        return [
-            self._block(self.width, r_qkv, r_ffn, self._has_experts(i) and i != self.depth - 1)
-            for i, (r_qkv, r_ffn) in enumerate(ratios)
-        ]
-
-    def caption_shape(self) -> BlockShape:
-        """Sizes of the block that reads the caption."""
-        return self._block(self.width, 1.0, CAPTION_FFN_MULTIPLIER, False)
-
-    def _has_experts(self, index: int) -> bool:
-        return self.moe_every > 0 and (index + 1) % self.moe_every == 0
-
-    def _block(self, width: int, r_qkv: float, r_ffn: float, experts: bool) -> BlockShape:
-        # An even number of heads, as OpenELM's groups need; a ratio of 1 keeps the width.
-        pair = 2 * self.head_dim
-        attn_width = width if r_qkv == 1 else pair * math.ceil(int(width * r_qkv) / pair)
-        hidden = int(width * r_ffn) if experts else int(2 * int(width * r_ffn) / 3)
-        ffn_width = self.multiple_of * math.ceil(hidden / self.multiple_of)
-        return BlockShape(width, attn_width, ffn_width, self.num_experts if experts else 0)
-
-
-MODELS: dict[str, DiTConfig] = {
-    "MicroDiT_Tiny_2": DiTConfig(),
-    "MicroDiT_XL_2": DiTConfig(width=1024, depth=28, head_dim=64, mixer_width=768, mixer_depth=6),
-}
-"""Configurations of the paper, at 256 px and 4 latent channels."""
+GRAPHS_PER_BLOCK = 16  # levels of a mask's schedule, captions' padded lengths, inference
 
 
 @dataclass(frozen=True)
@@ -203,103 +45,6 @@ class Text:
     """For each backbone block the caption tokens (B, L, d), or its keys and values."""
     bias: Tensor | None
     """(B, 1, 1, L): 0 for real caption rows and -inf for padding; None if all are attended."""
-
-
-class CaptionBlock(nn.Module):
-    """Pre-norm transformer block over the caption tokens; the identity at initialisation."""
-
-    def __init__(self, shape: BlockShape, config: DiTConfig) -> None:
-        super().__init__()
-        self.norm1 = layer_norm(shape.width, config.norm_eps)
-        self.attn = SelfAttention(shape.width, shape.attn_width, config.head_dim, config.norm_eps)
-        self.norm2 = layer_norm(shape.width, config.norm_eps)
-        self.mlp = SwiGLU(shape.width, shape.ffn_width)
-
-    def forward(self, y: Tensor, bias: Tensor | None) -> Tensor:
-        """y (B, L, d), bias (B, 1, 1, L) -> (B, L, d)."""
-        y = y + self.attn(self.norm1(y), bias)
-        return y + self.mlp(self.norm2(y))
-
-    def initialise(self, generator: torch.Generator | None) -> None:
-        self.attn.initialise(CAPTION_STD_OUT, generator)
-        self.mlp.initialise(CAPTION_STD_OUT, generator)
-        nn.init.zeros_(self.attn.proj.weight)
-        nn.init.zeros_(self.mlp.w3.weight)
-
-
-class Modulation(nn.Sequential):
-    """Condition (B, D) -> shifts, scales and gates (B, vectors * d), all 0 at initialisation."""
-
-    def __init__(self, condition: int, width: int, vectors: int) -> None:
-        super().__init__(nn.GELU(approximate="tanh"), nn.Linear(condition, vectors * width))
-
-    def initialise(self) -> None:
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
-
-
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, x, 1 + scale)  # one pass over x, and one less saved for backward
-
-
-class DiTBlock(nn.Module):
-    """Self-attention, cross-attention to the caption, feed-forward.
-
-    The first and the last are modulated and gated by the condition (adaLN-Zero, DiT); the
-    cross-attention is neither.
-    """
-
-    def __init__(self, shape: BlockShape, config: DiTConfig) -> None:
-        super().__init__()
-        width, eps = shape.width, config.norm_eps
-        self.norm1 = layer_norm(width, eps)
-        self.attn = SelfAttention(width, shape.attn_width, config.head_dim, eps)
-        self.cross_attn = CrossAttention(width, config.head_dim, eps)
-        self.norm2 = layer_norm(width, eps)
-        self.norm3 = layer_norm(width, eps)
-        self.mlp = (
-            ExpertChoiceMLP(width, shape.ffn_width, shape.experts, config.expert_capacity)
-            if shape.experts
-            else SwiGLU(width, shape.ffn_width)
-        )
-        self.adaLN_modulation = Modulation(config.width, width, vectors=6)
-
-    def forward(
-        self, x: Tensor, condition: Tensor, caption: Tensor | KeysValues, bias: Tensor | None
-    ) -> Tensor:
-        """x (B, T, d), condition (B, D), caption (B, L, d), bias (B, 1, 1, L) -> (B, T, d)."""
-        modulation = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)
-        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation
-        h = self.attn(_modulate(self.norm1(x), shift_attn, scale_attn))
-        x = torch.addcmul(x, gate_attn, h)
-        x = x + self.cross_attn(self.norm2(x), caption, bias)
-        h = self.mlp(_modulate(self.norm3(x), shift_ffn, scale_ffn))
-        return torch.addcmul(x, gate_ffn, h)
-
-    def initialise(self, std_out: float, generator: torch.Generator | None) -> None:
-        self.attn.initialise(std_out, generator)
-        self.cross_attn.initialise(std_out, generator)
-        self.mlp.initialise(std_out, generator)
-        self.adaLN_modulation.initialise()
-
-
-class FinalLayer(nn.Module):
-    """Modulated layer norm and a projection to the latent values of each patch."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.linear = nn.Linear(config.width, config.patch_values)
-        self.adaLN_modulation = Modulation(config.width, config.width, vectors=2)
-        self.norm_final = layer_norm(config.width, config.norm_eps)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """x (B, T, d), condition (B, d) -> (B, T, p * p * C)."""
-        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
-        return self.linear(_modulate(self.norm_final(x), shift, scale))
-
-    def initialise(self) -> None:
-        nn.init.zeros_(self.linear.weight)
-        self.adaLN_modulation.initialise()
 
 
 class MicroDiT(nn.Module):
@@ -319,7 +64,7 @@ class MicroDiT(nn.Module):
         width, mixer_width, eps = config.width, config.mixer_width, config.norm_eps
 
         def project(width_in: int, width_out: int) -> nn.Module:
-            if width == mixer_width:
+            if width == mixer_width or not config.mixer_depth:
                 return nn.Identity()
             return nn.Sequential(
                 layer_norm(width_in, eps), nn.Linear(width_in, width_out, bias=False)
@@ -338,7 +83,8 @@ class MicroDiT(nn.Module):
         self.patch_mixer_map_xout = project(mixer_width, width)
         self.patch_mixer_map_y = project(width, mixer_width)
         self.blocks = nn.ModuleList(DiTBlock(s, config) for s in config.backbone_shapes())
-        self.final_layer = FinalLayer(config)
+        self.final_layer = FinalLayer(config.output_width, config)
+        self.decoder = Decoder(config) if config.decoder_depth else None
         self.initialise()
 
     def forward(
@@ -356,10 +102,10 @@ class MicroDiT(nn.Module):
             c_noise: ln(sigma) / 4, (B,) or (1,).
             y: captions (B, L, W) or (B, 1, L, W), or what `encode_text` made of them.
             y_mask: bool (B, L), True for real caption rows, at least one in each sample.
-            mask: which patches the backbone sees; None is all of them.
+            mask: which patches are seen, and by what part of the network; None is all by all.
 
         Returns:
-            F (B, C, S, S), 0 in dropped patches.
+            F (B, C, S, S), 0 in dropped patches unless there is a decoder that fills them.
 
         Raises:
             ValueError: latents or captions of another shape than the configuration's.
@@ -373,18 +119,17 @@ class MicroDiT(nn.Module):
             )
         text = y if isinstance(y, Text) else self._read(y, y_mask)
         condition = self.t_embedder(c_noise) + text.pooled
-        x = self.patch_mixer_map_xin(self.x_embedder(x) + self.pos_embed)
+        x = self.x_embedder(x) + self.pos_embed
+        if mask is not None and mask.skips == "network":
+            x = mask.keep(x)
+        x = self.patch_mixer_map_xin(x)
         for block, caption in zip(self.patch_mixer, text.mixer, strict=True):
             x = block(x, condition, caption, text.bias)
-        if mask is not None:
+        if mask is not None and mask.skips == "backbone":
             x = mask.keep(x)  # before the projection, which then has fewer tokens to do
         x = self.patch_mixer_map_xout(x)
-        for block, caption in zip(self.blocks, text.backbone, strict=True):
-            x = block(x, condition, caption, text.bias)
-        x = self.final_layer(x, condition)
-        if mask is not None:
-            x = mask.restore(x, self.mask_token)
-        return self._unpatchify(x)
+        x = self._backbone(x, condition, text, mask)
+        return self._unpatchify(self._values(x, condition, mask))
 
     def encode_text(self, y: Tensor, y_mask: Tensor | None = None) -> Text:
         """Read captions once for many calls of `forward`, as a sampler makes them.
@@ -408,6 +153,25 @@ class MicroDiT(nn.Module):
             self.config, input_size=input_size, pos_interp_scale=pos_interp_scale
         )
         self.pos_embed = self._positions().to(self.pos_embed)
+        if self.decoder is not None:
+            self.decoder.set_positions(self.config)
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile each block for itself with torch.compile; weights and their names stay.
+
+        Blocks of a kind share a graph, so the first step takes a minute where the whole network
+        takes ten, and a sampler that calls `forward` runs the same compiled blocks.
+        """
+        blocks = [*self.patch_mixer, *self.blocks, self.y_emb_preprocess]
+        # All blocks have one forward method, and a graph of it for each of their sizes, for each
+        # number of kept tokens and for inference. Past the limit it would go on uncompiled.
+        limit = GRAPHS_PER_BLOCK * len(blocks)
+        settings = torch._dynamo.config
+        settings.recompile_limit = max(settings.recompile_limit, limit)
+        settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, 2 * limit)
+        settings.fail_on_recompile_limit_hit = True
+        for block in blocks:
+            block.compile(dynamic=False, backend=backend)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
@@ -435,6 +199,9 @@ class MicroDiT(nn.Module):
         for i, block in enumerate(_typed(self.blocks)):
             block.initialise(0.02 / math.sqrt(2 * (i + 1)), generator)
         self.final_layer.initialise()
+        if self.decoder is not None:
+            self.decoder.set_positions(self.config)
+            self.decoder.initialise(generator)
 
     def _read(self, y: Tensor, y_mask: Tensor | None) -> Text:
         if y.dim() == 4:
@@ -459,6 +226,27 @@ class MicroDiT(nn.Module):
             backbone=[y] * len(self.blocks),
             bias=bias,
         )
+
+    def _backbone(self, x: Tensor, condition: Tensor, text: Text, mask: TokenMask | None) -> Tensor:
+        """Tokens after the mixer -> tokens after the backbone; all of them, if some bypass blocks
+        and rejoin."""
+        first, last = mask.skips if mask is not None and isinstance(mask.skips, tuple) else (-1, -1)
+        bypassed = x
+        for i, (block, caption) in enumerate(zip(self.blocks, text.backbone, strict=True)):
+            if mask is not None and i == first:
+                bypassed, x = x, mask.keep(x)
+            x = block(x, condition, caption, text.bias)
+            if mask is not None and i == last:
+                x = mask.rejoin(x, bypassed)
+        return x
+
+    def _values(self, x: Tensor, condition: Tensor, mask: TokenMask | None) -> Tensor:
+        """Tokens after the backbone -> latent values of all patches, (B, T, p * p * C)."""
+        dropped = mask if mask is not None and isinstance(mask.skips, str) else None
+        if self.decoder is not None:
+            return self.final_layer(self.decoder(x, condition, dropped), condition)
+        x = self.final_layer(x, condition)
+        return x if dropped is None else dropped.restore(x, self.mask_token)
 
     def _positions(self) -> Tensor:
         config = self.config

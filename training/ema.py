@@ -1,78 +1,126 @@
-"""Exponential moving average of the weights: what a finished run generates with.
+"""Averages of the weights over the steps: what a finished run generates with.
 
 Composer's own EMA averages integer buffers and frozen modules too, leaves the average in the live
-model, and stores it in the place of the weights. This one averages parameters only and keeps them
-under their own key of the checkpoint: state/callbacks/EMA/average.
+model, and stores it in the place of the weights. This one averages parameters only, in as many
+ways at once as asked for, and keeps them under their own key of the checkpoint:
+state/callbacks/EMA/averages.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from composer import Callback, Logger, State
 from torch import Tensor, nn
 
+from training.checkpoints import Average
+from training.config import Power
+
 
 class EMA(Callback):
-    """average <- decay * average + (1 - decay) * weights, after every optimizer step.
+    """average <- beta * average + (1 - beta) * weights, after every optimizer step.
+
+    beta is the decay, or (1 - 1/t)^(gamma + 1) for a power function at its update t (Karras et al.
+    2024, arXiv 2312.02696, equation 127): the weights of step i then count as much as i^gamma.
 
     Args:
         network: whose parameters are averaged.
-        decay: a step; None keeps no average.
-        start: at this step of the stage the average restarts as a copy of the weights; with 0 it
-            goes on from `average`, or from the stage's first weights.
-        average: by parameter name, as an earlier stage left it.
+        profiles: by name, the decay or the power of each average; none keeps no average.
+        start: at this step of the stage averages restart as copies of the weights; with 0 one goes
+            on from `before`, or from the stage's first weights.
+        before: the averages by name, as an earlier stage left them.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        decay: float | None,
+        profiles: Mapping[str, float | Power],
         start: int = 0,
-        average: dict[str, Tensor] | None = None,
+        before: Mapping[str, Average] | None = None,
     ) -> None:
         self._parameters = dict(network.named_parameters())
-        self._decay = decay
+        self._exponents = {n: _exponent(p) for n, p in profiles.items() if isinstance(p, Power)}
+        self._decays = {n: p for n, p in profiles.items() if not isinstance(p, Power)}
+        self._names = list(profiles)
         self._start = start
-        self._average = average if decay is not None and start == 0 else None
+        kept = before if before is not None and start == 0 else {}
+        self._averages = {name: kept[name] for name in profiles if name in kept}
         self.skip = False  # set by the guard: the last step changed no weight
 
     def fit_start(self, state: State, logger: Logger) -> None:
         device = next(iter(self._parameters.values())).device
-        if self._average is not None:
-            self._average = {k: v.to(device) for k, v in self._average.items()}
-        elif state.timestamp.batch.value == 0:
+        for name, average in self._averages.items():
+            values = {k: v.to(device) for k, v in average["values"].items()}
+            self._averages[name] = {"updates": average["updates"], "values": values}
+        if state.timestamp.batch.value == 0:
             self._begin(0)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self.skip:
             return
-        if self._average is None:
-            self._begin(state.timestamp.batch.value)
-        else:
-            assert self._decay is not None
-            values = [self._average[name] for name in self._parameters]
-            torch._foreach_lerp_(values, self._weights(), 1 - self._decay)  # pyright: ignore
+        begun = list(self._averages.items())
+        self._begin(state.timestamp.batch.value)
+        for name, average in begun:
+            average["updates"] += 1
+            values = [average["values"][key] for key in self._parameters]
+            weight = 1 - self._beta(name, average["updates"])
+            torch._foreach_lerp_(values, self._weights(), weight)  # pyright: ignore
 
-    def averaged(self) -> dict[str, Tensor]:
-        """The average by parameter name; the weights themselves where there is none."""
-        return self._average or {k: v.detach() for k, v in self._parameters.items()}
+    def names(self) -> list[str]:
+        """Of the averages, the stage's main one first."""
+        return self._names
+
+    def averaged(self, name: str | None = None) -> dict[str, Tensor]:
+        """The average of this name, or the main one, by parameter name; the weights themselves
+        where there is none, or it has not begun."""
+        average = self._averages.get(name or next(iter(self._names), ""))
+        if average is not None:
+            return average["values"]
+        return {k: v.detach() for k, v in self._parameters.items()}
 
     def averages(self) -> dict[str, dict[str, Tensor]]:
-        """Every average that there is by now: its name -> tensors by parameter name."""
-        return {} if self._average is None else {"ema": self._average}
+        """Every average that there is by now, by parameter name: "ema", the main one, first, the
+        others as "ema-NAME"."""
+        begun = [name for name in self._names if name in self._averages]
+        return {
+            "ema" if name == self._names[0] else f"ema-{name}": self._averages[name]["values"]
+            for name in begun
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"average": self._average}
+        return {"averages": self._averages}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._average = state["average"]
+        self._averages = state["averages"]
 
     def _begin(self, step: int) -> None:
-        if self._decay is not None and step >= self._start:
-            names, weights = self._parameters, self._weights()
-            self._average = {k: v.clone() for k, v in zip(names, weights, strict=True)}
+        if step >= self._start:
+            for name in self._names:
+                if name not in self._averages:
+                    copies = [weight.clone() for weight in self._weights()]
+                    values = dict(zip(self._parameters, copies, strict=True))
+                    self._averages[name] = {"updates": 0, "values": values}
+
+    def _beta(self, name: str, update: int) -> float:
+        if name in self._exponents:
+            return (1 - 1 / update) ** self._exponents[name]
+        return self._decays[name]
 
     def _weights(self) -> list[Tensor]:
         return [parameter.detach() for parameter in self._parameters.values()]
+
+
+def _exponent(profile: Power) -> float:
+    """gamma + 1, of which the width is sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)) (arXiv
+    2312.02696, equation 123): by halving, as the width falls from gamma = 0 on."""
+    low, high = 1.0, 1 / profile.power
+    for _ in range(60):
+        middle = (low + high) / 2
+        if math.sqrt(middle / (middle + 2)) / (middle + 1) > profile.power:
+            low = middle
+        else:
+            high = middle
+    return low

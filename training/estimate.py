@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import yaml
 
-from pipeline.core.errors import SettingError
 from pipeline.core.tokens import row_bytes
 from training.config import Stage
-from training.dit import MODELS, DiTConfig
+from training.dit_config import DiTConfig
 from training.flops import flops_per_image, num_parameters
-from training.preflight import Plan, Source
+from training.masking.ratio import ratio_steps
+from training.preflight import Plan, Source, network_config
 
 STEP_PASSES = 3  # a training step costs three forward passes: forward, and twice that backward
 FLOAT16 = 2  # bytes
-
-
-def network_config(plan: Plan, stage: Stage) -> DiTConfig:
-    """The network of a stage.
-
-    Raises:
-        SettingError: sizes that no network can have.
-    """
-    base = MODELS.get(plan.config.model.arch, DiTConfig())
-    try:
-        return dataclasses.replace(base, **plan.network(stage))
-    except ValueError as error:
-        raise SettingError(f"model: {error}") from error
 
 
 def report(plan: Plan) -> str:
@@ -48,7 +34,7 @@ def report(plan: Plan) -> str:
     total = 0.0
     for name, stage in config.stages.items():
         rows = round(_rows(plan, name))
-        forward = flops_per_image(networks[name], stage.mask_ratio, rows)
+        forward = forward_flops(networks[name], stage, rows)
         flops = STEP_PASSES * forward * stage.steps * stage.batch_size
         total += flops
         lines.append(
@@ -65,6 +51,15 @@ def report(plan: Plan) -> str:
         _data_line(plan),
     ]
     return "\n".join(lines)
+
+
+def forward_flops(network: DiTConfig, stage: Stage, rows: int) -> float:
+    """Forward FLOPs of an image, the mean over the stage's steps."""
+    scheme = stage.scheme()
+    return sum(
+        steps / stage.steps * flops_per_image(network, ratio, rows, scheme)
+        for ratio, steps in ratio_steps(stage.mask_ratio, stage.steps).items()
+    )
 
 
 def _rows(plan: Plan, name: str) -> float:

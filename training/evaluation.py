@@ -10,12 +10,12 @@ from __future__ import annotations
 from statistics import NormalDist
 
 import torch
+import torch.nn.functional as F
 from composer import Callback, Logger, State
 from composer.core.precision import get_precision_context
 from composer.utils import dist
 from torch import Tensor
 
-from pipeline.core.manifest import VaeFacts
 from training.buffers import Pool
 from training.config import Evaluate
 from training.heldout import Picture
@@ -43,15 +43,18 @@ class Evaluation(Callback):
         self._subject = subject
         self._model = subject.model
         self._settings = settings
-        # Sharded weights are gathered by all ranks together, so all do as many batches: one that
-        # has a picture less does its last one again and does not count it.
+        # All batches have one shape, as compiled code has a graph for each, and all ranks have as
+        # many of them, as sharded weights are gathered by all together. What fills them up is the
+        # last picture again, which does not count.
         ranks = dist.get_world_size()
-        each, mine = -(-total // ranks), len(range(dist.get_global_rank(), total, ranks))
-        padded = pictures + pictures[-1:] * (each - len(pictures))
-        self._weights = [1.0] * mine + [0.0] * (each - mine)
-        size = subject.batch_size
+        most, mine = -(-total // ranks), len(range(dist.get_global_rank(), total, ranks))
+        size = min(subject.batch_size, most)
+        places = -(-most // size) * size
+        padded = pictures + pictures[-1:] * (places - len(pictures))
+        self._weights = [1.0] * mine + [0.0] * (places - mine)
+        length = max(len(picture.caption.tokens) for picture in pictures)
         self._batches = [
-            _batch(padded[i : i + size], subject.vae, subject.trimmed) for i in range(0, each, size)
+            _batch(padded[i : i + size], length, subject) for i in range(0, places, size)
         ]
         seed = self._model.objective.seed
         self._seeds = [keyed_seed(seed, "evaluate", p.source, p.key) for p in padded]
@@ -102,7 +105,8 @@ def quantiles(bins: int) -> list[float]:
     return [(number + 0.5) / bins for number in range(bins)]
 
 
-def _batch(pictures: list[Picture], vae: VaeFacts, trimmed: bool) -> dict[str, Tensor]:
+def _batch(pictures: list[Picture], length: int, subject: Subject) -> dict[str, Tensor]:
+    """As the loader makes them, with captions of `length` rows."""
     samples = [
         Sample(
             key=p.key, caption=p.caption.text, latent=p.latent, tokens=p.caption.tokens, drop=1.0
@@ -110,7 +114,12 @@ def _batch(pictures: list[Picture], vae: VaeFacts, trimmed: bool) -> dict[str, T
         for p in pictures
     ]
     pools = Pool(0, 0, 0), Pool(0, 0, 0)
-    return collate(samples, vae, trimmed, pools)
+    batch = collate(samples, subject.vae, subject.trimmed, pools)
+    missing = length - batch["y"].shape[1]
+    if missing:
+        batch["y"] = F.pad(batch["y"], (0, 0, 0, missing))
+        batch["y_mask"] = F.pad(batch["y_mask"], (0, missing))
+    return batch
 
 
 def _noise(seeds: list[int], shape: tuple[int, ...]) -> Tensor:

@@ -8,6 +8,7 @@
     <stage>/samples/step-*.png      pictures painted on the way
     <stage>/rollbacks.json          how often the stage went back to a checkpoint, where it did
     <stage>/model.safetensors       averaged weights of the finished stage, with their passport
+    <stage>/ema-NAME.safetensors    further averages of them, e.g. ema-power-0.1
     <stage>/live.safetensors        the weights themselves, where an average was kept
     model.safetensors               of the last finished stage
 
@@ -44,6 +45,9 @@ class StageFolder:
     @property
     def live(self) -> Path:
         return self.path / "live.safetensors"
+
+    def average(self, name: str) -> Path:
+        return self.path / f"ema-{name}.safetensors"
 
     @property
     def settings(self) -> Path:
@@ -142,7 +146,8 @@ def decisive_settings(plan: Plan, name: str) -> dict[str, Any]:
         "text_encoder": source.text.text_encoder.model_dump(mode="json"),
         "model": config.model.model_dump(mode="json", exclude_none=True),
         "base_resolution": config.base_resolution(),
-        "edm": config.edm.model_dump(mode="json"),
+        "objective": config.objective,
+        "edm": config.edm.model_dump(mode="json") if config.edm else None,
         "optimizer": config.optimizer.model_dump(mode="json"),
         "stage": own,
     }

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from training.sampler import Solver
+
 NAME_CHARACTERS = 60  # of a prompt in its picture's file name
 
 Report = Callable[[int, int], None]
@@ -68,6 +70,7 @@ class Painter:
         seed: int = 0,
         batch_size: int = 16,
         report: Report | None = None,
+        solver: Solver = "heun",
     ) -> np.ndarray:
         """One picture a prompt, uint8 (N, H, W, 3).
 
@@ -101,6 +104,7 @@ class Painter:
                     steps=steps,
                     guidance=guidance,
                     progress=progress,
+                    solver=solver,
                 )
             pictures.append(self.vae.decode(to_raw(latents, self.passport.vae)))
         return np.concatenate(pictures)
@@ -143,7 +147,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         painter = Painter(options.checkpoint, options.device)
         report = Progress()
         pictures = painter.paint(
-            prompts, options.guidance, options.steps, options.seed, options.batch_size, report
+            prompts,
+            options.guidance,
+            options.steps,
+            options.seed,
+            options.batch_size,
+            report,
+            options.solver,
         )
         report.close()
         sheet = write(Path(options.out), prompts, pictures, painter.passport, vars(options))
@@ -191,7 +201,7 @@ def write(
     for index, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
         info = PngInfo()
         info.add_itxt("prompt", prompt)
-        for name in ("guidance", "steps", "seed"):
+        for name in ("guidance", "steps", "seed", "solver"):
             info.add_text(name, str(options[name]))
         info.add_text("index", str(index))
         info.add_text("model", f"{passport.run}, stage {passport.stage}, step {passport.step}")
@@ -213,7 +223,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompts", required=True, nargs="+", help="texts, or files with one a line")
     add("--out", required=True, help="folder for the pictures and sheet.png")
     add("--guidance", type=float, default=5.0, help="1: none; the paper's default is 5")
-    add("--steps", type=int, default=30, help="Heun steps (2 N - 1 network evaluations)")
+    add("--steps", type=int, default=30, help="of the solver (Heun: 2 N - 1 network evaluations)")
+    add("--solver", choices=["heun", "euler"], default="heun", help="euler: N evaluations, coarser")
     add("--seed", type=int, default=0, help="picture i is a function of (seed, i)")
     add("--batch-size", type=int, default=16)
     add("--device", default="", help="e.g. cuda or cpu; default: a GPU where there is one")

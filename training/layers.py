@@ -126,6 +126,35 @@ class SwiGLU(nn.Module):
         trunc_normal_(self.w2.weight, std_out, generator)
         trunc_normal_(self.w3.weight, std_out, generator)
 
+    def close(self) -> None:
+        """Makes the output 0."""
+        nn.init.zeros_(self.w3.weight)
+
+
+class GeluMLP(nn.Module):
+    """Plain feed-forward, w2 gelu(w1 x), the two matrices of every expert."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d) -> (..., d)."""
+        return self.w2(F.gelu(self.w1(x)))
+
+    def initialise(self, std_out: float, generator: torch.Generator | None) -> None:
+        trunc_normal_(self.w1.weight, INIT_STD, generator)
+        trunc_normal_(self.w2.weight, std_out, generator)
+
+    def close(self) -> None:
+        """Makes the output 0."""
+        nn.init.zeros_(self.w2.weight)
+
+
+FEED_FORWARDS: dict[str, type[SwiGLU] | type[GeluMLP]] = {"swiglu": SwiGLU, "gelu": GeluMLP}
+"""Dense feed-forwards by the name that `DiTConfig.feed_forward` gives them."""
+
 
 class CaptionMLP(nn.Module):
     """Linear, tanh-GELU, layer norm, linear: projects caption tokens and the pooled caption."""

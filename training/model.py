@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import pkgutil
 from dataclasses import dataclass
 
 import torch
 from composer.models import ComposerModel
 from torch import Tensor
 
-from training.denoiser import EDM
 from training.dit import MicroDiT
 from training.flops import flops_per_image
-from training.masking import MASKS
+from training.masking.ratio import RatioSchedule, ratio_at
+from training.masking.scheme import Scheme
+from training.objectives.denoiser import Denoiser
 from training.randomness import Draws, Rows, draw
 
 STEP_PASSES = 3  # forward FLOPs in a training step: forward, and twice that backward
@@ -22,9 +22,9 @@ STEP_PASSES = 3  # forward FLOPs in a training step: forward, and twice that bac
 class Objective:
     """What a stage asks of the network, and the key of its random numbers."""
 
-    edm: EDM
-    mask: str  # a scheme of training.masking
-    mask_ratio: float
+    denoiser: Denoiser
+    mask: Scheme
+    mask_ratio: float | RatioSchedule
     caption_drop: float
     seed: int
     stage: str  # its `stage_key`
@@ -44,7 +44,6 @@ class DiffusionModel(ComposerModel):
         self.dit = dit
         self.objective = objective
         self.step = 0
-        self._mask = pkgutil.resolve_name(MASKS[objective.mask])
         self._draws: tuple[int, Draws] | None = None
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
@@ -54,24 +53,24 @@ class DiffusionModel(ComposerModel):
         y, y_mask = drop_captions(
             batch["y"], batch.get("y_mask"), batch["drop"] < objective.caption_drop
         )
-        return objective.edm.loss(
+        return objective.denoiser.loss(
             self.dit,
             batch["latents"],
-            objective.edm.sigma(draws.level[index]),
+            objective.denoiser.level(draws.level[index]),
             draws.noise[index],
             y,
             y_mask,
-            self._mask(draws.mask[index], objective.mask_ratio),
+            objective.mask.draw(draws.mask[index], self._ratio()),
+            objective.mask.extra_loss(),
         )
 
     @torch.no_grad()
-    def heldout_loss(self, batch: dict[str, Tensor], level: Tensor, noise: Tensor) -> Tensor:
-        """Loss of each sample, float32 (B,), at given unit normal numbers: level (B,) decides
-        sigma. No patch is masked and no caption dropped."""
-        edm = self.objective.edm
-        return edm.loss(
-            self.dit, batch["latents"], edm.sigma(level), noise, batch["y"], batch.get("y_mask")
-        )
+    def heldout_loss(self, batch: dict[str, Tensor], normal: Tensor, noise: Tensor) -> Tensor:
+        """Loss of each sample, float32 (B,), at given unit normal numbers: those in `normal` (B,)
+        decide its level. No patch is masked and no caption dropped."""
+        denoiser, level = self.objective.denoiser, self.objective.denoiser.level(normal)
+        y, y_mask = batch["y"], batch.get("y_mask")
+        return denoiser.loss(self.dit, batch["latents"], level, noise, y, y_mask)
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Mean over the micro-batch."""
@@ -83,8 +82,13 @@ class DiffusionModel(ComposerModel):
 
     def flops_per_batch(self, batch: dict[str, Tensor]) -> int:
         """FLOPs of forward and backward of this rank's batch, as Composer's SpeedMonitor asks."""
-        forward = flops_per_image(self.dit.config, self.objective.mask_ratio, batch["y"].shape[1])
+        forward = flops_per_image(
+            self.dit.config, self._ratio(), batch["y"].shape[1], self.objective.mask
+        )
         return STEP_PASSES * forward * len(batch["latents"])
+
+    def _ratio(self) -> float:
+        return ratio_at(self.objective.mask_ratio, self.step)
 
     def _draw(self, device: torch.device) -> Draws:
         """The step's numbers, drawn once for all its micro-batches."""

@@ -5,9 +5,10 @@ A run that cannot work says so here, in one line, within two seconds of its star
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import json
-import math
 import os
 import shlex
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from pipeline.core.mds import stored
 from pipeline.core.store import Store
 from pipeline.encoders import text_facts, vae_facts
 from training.config import Config, Stage
+from training.dit_config import MODELS, DiTConfig
+from training.masking.ratio import ratio_steps
 from training.takedown import dropped_rows
 
 PATCH_SIZE = 2  # of every network of the paper
@@ -81,9 +84,6 @@ class Plan:
     def patch_size(self) -> int:
         return self.config.model.patch_size or PATCH_SIZE
 
-    def tokens(self, stage: Stage) -> int:
-        return (self.latent_side(stage) // self.patch_size()) ** 2
-
     def network(self, stage: Stage) -> dict[str, Any]:
         """Fields of DiTConfig that this run sets at this stage; the others are the arch's own."""
         return {
@@ -94,6 +94,19 @@ class Plan:
             "caption_length": self.text.length,
             "pos_interp_scale": stage.resolution / self.config.base_resolution(),
         }
+
+
+def network_config(plan: Plan, stage: Stage) -> DiTConfig:
+    """The network of a stage.
+
+    Raises:
+        SettingError: sizes that no network can have.
+    """
+    base = MODELS.get(plan.config.model.arch, DiTConfig())
+    try:
+        return dataclasses.replace(base, **plan.network(stage))
+    except ValueError as error:
+        raise SettingError(f"model: {error}") from error
 
 
 def check(config: Config, need_data: bool = True) -> Plan:
@@ -150,12 +163,13 @@ def _check_sizes(plan: Plan, name: str, stage: Stage) -> None:
             f"(vae {plan.vae.name} downsamples by {plan.vae.downsample}, "
             f"patch_size {plan.patch_size()})"
         )
-    tokens = plan.tokens(stage)
-    if math.floor(tokens * (1 - stage.mask_ratio) + 1e-9) < 1:
-        raise SettingError(
-            f"stages.{name}.mask_ratio={stage.mask_ratio}: keeps none of {tokens} patches; "
-            f"at most {1 - 1 / tokens:g}"
-        )
+    network, scheme = network_config(plan, stage), stage.scheme()
+    try:
+        scheme.check(network)
+        for ratio in ratio_steps(stage.mask_ratio, stage.steps):
+            scheme.kept(network.tokens, ratio)
+    except ValueError as error:
+        raise SettingError(f"stages.{name}: {error}") from error
     if stage.batch_size % world_size():
         raise SettingError(
             f"stages.{name}.batch_size={stage.batch_size}: must be a multiple of the "
@@ -172,9 +186,8 @@ def _find_data(plan: Plan) -> dict[str, list[Source]]:
         for name, stage in config.stages.items()
     }
     # Sources may have been encoded at different times: the very same weights must have made them.
-    every = [source for sources in data.values() for source in sources]
-    for source in every[1:]:
-        first = every[0]
+    every = {s.latents_group: s for sources in data.values() for s in sources}
+    for first, source in itertools.combinations(every.values(), 2):
         for kind in ("vae", "text_encoder"):
             a, b = (getattr(s.latents if kind == "vae" else s.text, kind) for s in (first, source))
             differences = mismatches(a, b, ignore=("dtype",))

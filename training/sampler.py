@@ -1,20 +1,20 @@
-"""Deterministic sampling with EDM's Heun solver (Karras et al. 2022, arXiv 2206.00364).
+"""Deterministic sampling with EDM's Heun solver (Karras et al. 2022, arXiv 2206.00364) or Euler's.
 
 Algorithm 1 of the paper, that is algorithm 2 without churn, with classifier-free guidance
-(Ho and Salimans 2022, arXiv 2207.12598). No random number is drawn here: the same noise and
-captions give the same latents.
+(Ho and Salimans 2022, arXiv 2207.12598), for any objective: each says which levels it passes and
+what is clean at one of them. No random number is drawn here: the same noise and captions give the
+same latents.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from training.denoiser import EDM
+from training.objectives.denoiser import Denoiser
 
-RHO = 7.0
-"""Bends the noise levels towards sigma_min (EDM, Table 1)."""
+Solver = Literal["heun", "euler"]
 
 
 class TextConditioned(Protocol):
@@ -25,41 +25,29 @@ class TextConditioned(Protocol):
     def __call__(self, x: Tensor, c_noise: Tensor, y: Any) -> Tensor: ...
 
 
-def noise_levels(edm: EDM, steps: int, device: torch.device | None = None) -> Tensor:
-    """sigma_max, ..., sigma_min, 0 (EDM equation 5): float64 (steps + 1,).
-
-    Raises:
-        ValueError: fewer than one step.
-    """
-    if steps < 1:
-        raise ValueError(f"steps {steps}: must be at least 1")
-    ramp = torch.arange(steps, dtype=torch.float64, device=device) / max(steps - 1, 1)
-    low, high = edm.sigma_min ** (1 / RHO), edm.sigma_max ** (1 / RHO)
-    levels = (high + ramp * (low - high)) ** RHO
-    return torch.cat((levels, levels.new_zeros(1)))
-
-
 @torch.no_grad()
 def sample(
     network: TextConditioned,
-    edm: EDM,
+    denoiser: Denoiser,
     noise: Tensor,
     y: Tensor,
     y_mask: Tensor | None = None,
     steps: int = 30,
     guidance: float = 5.0,
     progress: Callable[[int, int], None] | None = None,
+    solver: Solver = "heun",
 ) -> Tensor:
-    """Turn unit noise into latents, with 2 * steps - 1 network evaluations.
+    """Turn unit noise into latents, with 2 * steps - 1 network evaluations, or Euler's steps.
 
     Args:
         network: the raw network F, evaluated in float32 (or as autocast says).
         noise: unit normal (B, C, S, S).
         y: captions (B, L, W) or (B, 1, L, W).
         y_mask: which caption rows are real, bool (B, L), or None for all.
-        steps: Heun steps; the last is an Euler step to sigma = 0.
+        steps: of the solver; the last, to level 0, is an Euler step.
         guidance: 1 is the conditional model alone; larger follows the caption more closely.
         progress: called after each step with (steps done, steps).
+        solver: heun (second order, two evaluations a step) or euler (first order, one).
 
     Returns:
         float32 (B, C, S, S), at the scale of the latents in training.
@@ -67,22 +55,24 @@ def sample(
     Raises:
         ValueError: fewer than one step.
     """
+    if steps < 1:
+        raise ValueError(f"steps {steps}: must be at least 1")
     evaluate = guided(network, y.float(), y_mask, guidance)
 
-    def slope(x: Tensor, sigma: Tensor) -> Tensor:
+    def slope(x: Tensor, level: Tensor) -> Tensor:
         # The state is float64, so that rounding does not pile up; the network is float32.
-        denoised = edm.denoise(evaluate, x.float(), sigma.float())
-        return (x - denoised.double()) / sigma
+        denoised = denoiser.denoise(evaluate, x.float(), level.float())
+        return (x - denoised.double()) / level
 
-    levels = noise_levels(edm, steps, noise.device)
+    levels = denoiser.levels(steps, noise.device)
     x = noise.double() * levels[0]
     for step in range(steps):
-        sigma, sigma_next = levels[step], levels[step + 1]
-        d = slope(x, sigma)
-        x_next = x + (sigma_next - sigma) * d
-        if step < steps - 1:
-            d = (d + slope(x_next, sigma_next)) / 2
-            x_next = x + (sigma_next - sigma) * d
+        level, level_next = levels[step], levels[step + 1]
+        d = slope(x, level)
+        x_next = x + (level_next - level) * d
+        if solver == "heun" and step < steps - 1:
+            d = (d + slope(x_next, level_next)) / 2
+            x_next = x + (level_next - level) * d
         x = x_next
         if progress is not None:
             progress(step + 1, steps)

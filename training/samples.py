@@ -101,22 +101,26 @@ class SampleSheets(Callback):
         """Painted ones (N, C, S, S), on the model's device."""
         config, device = self._model.dit.config, next(self._model.parameters()).device
         shape = (config.in_channels, config.input_size, config.input_size)
+        noise = picture_noise(self._settings.seed, range(len(captions)), shape)
+        y, y_mask = stack([caption.tokens for caption in captions], self._subject.trimmed)
+        size = min(self._subject.batch_size, len(captions))
         found = []
-        for first in range(0, len(captions), self._subject.batch_size):
-            some = captions[first : first + self._subject.batch_size]
-            noise = picture_noise(self._settings.seed, range(first, first + len(some)), shape)
-            y, y_mask = stack([caption.tokens for caption in some], self._subject.trimmed)
+        for first in range(0, len(captions), size):
+            # Compiled code has a graph for each size of a batch: the last one is filled up with
+            # pictures that are there already.
+            start = min(first, len(captions) - size)
+            part = slice(start, start + size)
             with get_precision_context(state.precision, state.precision_config):
                 latents = sample(
                     self._model.dit,
-                    self._model.objective.edm,
-                    noise.to(device),
-                    y.to(device),
-                    None if y_mask is None else y_mask.to(device),
+                    self._model.objective.denoiser,
+                    noise[part].to(device),
+                    y[part].to(device),
+                    None if y_mask is None else y_mask[part].to(device),
                     steps=self._settings.steps,
                     guidance=self._settings.guidance,
                 )
-            found.append(latents.float())
+            found.append(latents[first - start :].float())
         return torch.cat(found)
 
     def _decode(self, latents: Tensor) -> np.ndarray:

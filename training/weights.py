@@ -9,22 +9,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pkgutil
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.core.errors import SettingError
 from pipeline.core.manifest import LatentsManifest, TextFacts, TextManifest, VaeFacts
-from training.denoiser import EDM
-from training.dit import DiTConfig, MicroDiT
+from training.dit import MicroDiT
+from training.dit_config import DiTConfig
+from training.objectives import OBJECTIVES
+from training.objectives.denoiser import Denoiser
 
 METADATA_KEY = "microdit"
-SCHEMA = 1
+SCHEMA = 2
 
 #: Source -> what has to be said wherever pictures of its kind, or weights trained on it, appear.
 ATTRIBUTIONS = {
@@ -42,9 +45,9 @@ class Passport(BaseModel):
     stage: str
     step: int  # of the stage
     weights: Literal["ema", "live"]
-    ema: float | None  # decay a step
+    ema: float | str | None  # decay a step, or the name of another average: power-0.1
     model: dict[str, Any]  # fields of DiTConfig
-    edm: dict[str, float]  # fields of EDM
+    objective: dict[str, Any]  # its name in OBJECTIVES, and its fields
     resolution: int  # side of the pictures, pixels
     vae: VaeFacts
     text_encoder: TextFacts
@@ -58,8 +61,25 @@ class Passport(BaseModel):
     def network(self) -> DiTConfig:
         return DiTConfig(**self.model)
 
-    def noise(self) -> EDM:
-        return EDM(**self.edm)
+    def noise(self) -> Denoiser:
+        fields = {key: value for key, value in self.objective.items() if key != "name"}
+        return pkgutil.resolve_name(OBJECTIVES[self.objective["name"]])(**fields)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _schema_1(cls, record: Any) -> Any:
+        """Before there were other objectives, the fields of EDM stood under `edm`."""
+        if isinstance(record, dict) and "edm" in record:
+            record = {**record, "objective": {"name": "edm", **record["edm"]}}
+            del record["edm"]
+        return record
+
+    @field_validator("objective")
+    @classmethod
+    def _known(cls, objective: dict[str, Any]) -> dict[str, Any]:
+        if objective.get("name") not in OBJECTIVES:
+            raise ValueError(f"name {objective.get('name')}: known are {', '.join(OBJECTIVES)}")
+        return objective
 
 
 def save(path: Path, network: MicroDiT, averaged: dict[str, Tensor], passport: Passport) -> None:
@@ -146,6 +166,10 @@ def find(checkpoint: str) -> Path:
     return path
 
 
-def facts(network: MicroDiT, edm: EDM) -> dict[str, Any]:
-    """The passport's entries for a network and its noise levels."""
-    return {"model": dataclasses.asdict(network.config), "edm": dataclasses.asdict(edm)}
+def facts(network: MicroDiT, denoiser: Denoiser) -> dict[str, Any]:
+    """The passport's entries for a network and its objective."""
+    fields = dataclasses.asdict(denoiser)  # pyright: ignore (a Protocol cannot say dataclass)
+    return {
+        "model": dataclasses.asdict(network.config),
+        "objective": {"name": denoiser.name, **fields},
+    }

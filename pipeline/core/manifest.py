@@ -121,10 +121,13 @@ def read_manifest(store: Store, group: str) -> Manifest:
 
 
 def mismatches(expected: BaseModel, found: BaseModel, ignore: tuple[str, ...] = ()) -> list[str]:
-    """ "field: expected X, found Y" for every field in which two records of facts differ."""
+    """ "field: expected X, found Y" for every field in which two records of facts differ.
+
+    An empty text is no fact: a group that was imported does not know the weights that made it.
+    """
     a, b = expected.model_dump(), found.model_dump()
     return [
         f"{key}: expected {a[key]}, found {b.get(key)}"
         for key in a
-        if key not in ignore and a[key] != b.get(key)
+        if key not in ignore and a[key] != b.get(key) and "" not in (a[key], b.get(key))
     ]

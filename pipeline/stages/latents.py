@@ -2,7 +2,8 @@
 
 Batches are cut from the shard alone, never across shards, so a latent does not depend on what else
 a worker does. While one shard is encoded, the next is read and decoded and the last is written:
-a worker holds two, and whoever has `encoder_turn` encodes.
+a worker holds two, and whoever has `encoder_turn` hands batches to the encoder. Beside an
+accelerator that runs in a thread of its own: the next batch is made while it computes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pipeline.stages.images import StoredImage
 from pipeline.stages.stopwatch import Stopwatch
 
 READ_AHEAD = 3  # batches that wait for the encoder, decoded
+IN_FLIGHT = 2  # batches in the encoder's hands: the one that it computes, and the next
 
 
 class Encoder(Protocol):
@@ -59,7 +61,8 @@ class LatentMaker:
 
     Args:
         encoder: gives the VAE; called when the first batch is ready, so it may load the weights.
-        threads: that decode and resize; 0 does it in between, for an encoder on the same core.
+        threads: that decode and resize, beside one that encodes; 0 does it all in turn, for an
+            encoder on the same core.
         watch: is told where the time goes.
     """
 
@@ -68,12 +71,21 @@ class LatentMaker:
         self.watch = watch
         self.encoder_turn = threading.Lock()
         self._pool = ThreadPoolExecutor(threads, "decode") if threads else None
+        self._encoding = ThreadPoolExecutor(1, "encode") if threads else None
 
     def make(self, images: Iterable[StoredImage], recipes: list[Recipe]) -> list[Made]:
         """Every recipe's latents of a shard; each picture is decoded once for all of them."""
         made = [Made() for _ in recipes]
         waiting: list[list[tuple[str, np.ndarray]]] = [[] for _ in recipes]
         prepared = self._prepared(images, recipes)
+        in_flight: collections.deque[_InFlight] = collections.deque()
+
+        def encode(number: int) -> None:
+            batch, waiting[number] = waiting[number], []
+            in_flight.append(self._encode(batch, recipes[number], made[number]))
+            if len(in_flight) > IN_FLIGHT or self._encoding is None:
+                self._keep(in_flight.popleft())
+
         first = next(prepared, None)  # reading and decoding begin before it is our turn
         with self.encoder_turn:
             for key, pictures in _and_then(first, prepared):
@@ -84,11 +96,12 @@ class LatentMaker:
                         continue
                     waiting[number].append((key, picture))
                     if len(waiting[number]) == recipes[number].batch_size:
-                        self._encode(waiting[number], recipes[number], made[number])
-                        waiting[number] = []
-            for batch, recipe, result in zip(waiting, recipes, made, strict=True):
+                        encode(number)
+            for number, batch in enumerate(waiting):
                 if batch:
-                    self._encode(batch, recipe, result)
+                    encode(number)
+        for batch in in_flight:
+            self._keep(batch)
         return made
 
     def _prepared(
@@ -133,23 +146,51 @@ class LatentMaker:
                     fitted.append(error)
         return fitted
 
-    def _encode(self, batch: list[tuple[str, np.ndarray]], recipe: Recipe, made: Made) -> None:
-        encoder = self.encoder()
-        with self.watch("vae"):
-            pixels = np.stack([picture for _, picture in batch])
-            moments = _in_parts(encoder, pixels, made.counters)
-            for number, (key, _) in enumerate(batch):
-                latent = _stored(moments[number], key, recipe)
-                if not np.isfinite(latent).all():
-                    # bfloat16 and float16 overflow in some VAEs (diffusers #7188).
-                    made.counters["retried in float32"] += 1
-                    again = encoder.moments(pixels[number : number + 1], exact=True)
-                    latent = _stored(np.asarray(again)[0], key, recipe)
-                if np.isfinite(latent).all():
-                    made.samples.append({"key": key, "latent": latent})
-                else:
-                    detail = f"not finite in {recipe.dtype}, nor when it was encoded in float32"
-                    made.rejects.append(Reject(key, "encode", "non-finite", detail))
+    def _encode(self, batch: list[tuple[str, np.ndarray]], recipe: Recipe, made: Made) -> _InFlight:
+        pixels = np.stack([picture for _, picture in batch])
+        moments = self._run(lambda encoder: _in_parts(encoder, pixels, made.counters))
+        return _InFlight([key for key, _ in batch], pixels, moments, recipe, made)
+
+    def _keep(self, batch: _InFlight) -> None:
+        """What the encoder made of a batch -> samples and rejects."""
+        moments, recipe, made = batch.moments(), batch.recipe, batch.made
+        for number, key in enumerate(batch.keys):
+            latent = _stored(moments[number], key, recipe)
+            if not np.isfinite(latent).all():
+                # bfloat16 and float16 overflow in some VAEs (diffusers #7188).
+                made.counters["retried in float32"] += 1
+                one = batch.pixels[number : number + 1]
+                again = self._run(lambda encoder, one=one: encoder.moments(one, exact=True))()
+                latent = _stored(np.asarray(again)[0], key, recipe)
+            if np.isfinite(latent).all():
+                made.samples.append({"key": key, "latent": latent})
+            else:
+                detail = f"not finite in {recipe.dtype}, nor when it was encoded in float32"
+                made.rejects.append(Reject(key, "encode", "non-finite", detail))
+
+    def _run(self, work: Callable[[Encoder], Any]) -> Callable[[], Any]:
+        """Has the encoder work, or asks it to; what is returned waits for the result."""
+
+        def timed() -> Any:
+            encoder = self.encoder()  # may load the weights
+            with self.watch("vae"):
+                return work(encoder)
+
+        if self._encoding is None:
+            result = timed()
+            return lambda: result
+        return self._encoding.submit(timed).result
+
+
+@dataclass
+class _InFlight:
+    """A batch in the encoder's hands."""
+
+    keys: list[str]
+    pixels: np.ndarray
+    moments: Callable[[], np.ndarray]  # waits for them
+    recipe: Recipe
+    made: Made
 
 
 def _in_parts(encoder: Encoder, pixels: np.ndarray, counters: Counter[str]) -> np.ndarray:

@@ -14,6 +14,7 @@ BENCHMARKS = {
     "decode": "tests.bench.decode:rows",
     "encode": "tests.bench.encode:rows",
     "loader": "tests.bench.loader:rows",
+    "model": "tests.bench.model:rows",
     "overhead": "tests.bench.overhead:rows",
     "size": "tests.bench.size:rows",
 }

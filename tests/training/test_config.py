@@ -18,7 +18,10 @@ import yaml
 from pipeline.core.errors import SettingError
 from pipeline.core.store import Store
 from tests.training.groups import Encoders, make_encoders, make_source, settings
-from training.config import Config, Model, load, resolve
+from training import folder
+from training.config import NOISE, Config, Model, load, resolve
+from training.masking.ratio import ratio_at
+from training.masking.tread import Tread
 from training.preflight import MissingData, check
 from training.threads import share_cores
 
@@ -47,10 +50,16 @@ def changed(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("yamls/*.yaml")), ids=lambda path: path.stem)
-def test_shipped_settings_are_valid(path: Path) -> None:
+RUNS = sorted([*ROOT.glob("yamls/*.yaml"), *ROOT.glob("yamls/ablations/*.yaml")])
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_shipped_settings_can_be_planned(path: Path) -> None:
+    from training.estimate import report
+
     plan = check(load([str(path), "data.root=/nowhere"]), need_data=False)
     assert plan.config.name == path.stem
+    assert "GPU-hours, $" in report(plan)
 
 
 def test_the_paper_in_one_file() -> None:
@@ -89,6 +98,102 @@ def test_arguments_override_the_file(raw: dict[str, Any], tmp_path: Path) -> Non
     assert config.data.sources == ["a", "b"]
 
 
+def write(path: Path, text: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_file_states_what_differs_from_its_base(raw: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path / "run.yaml", yaml.safe_dump(raw, sort_keys=False))
+    middle = "base: ../run.yaml\nname: middle\nseed: 5\nstages: {full: {lr: 0.5, clip: null}}"
+    write(tmp_path / "a/middle.yaml", middle)
+    top = "base: middle.yaml\nseed: 6\nmodel: {qkv_multipliers: [1, 1]}\ndata: {sources: {a: 1}}"
+    top += "\nstages: {more: {steps: '${stages.full.steps}'}}"
+    config = load([write(tmp_path / "a/top.yaml", top), "stages.more.lr=0.25"])
+    assert (config.name, config.seed) == ("middle", 6)
+    assert list(config.stages) == ["masked", "full", "more"]
+    assert [stage.lr for stage in config.stages.values()] == [1e-2, 0.5, 0.25]
+    assert config.stages["more"].steps == config.stages["full"].steps == 7
+    assert config.stages["full"].clip is None
+    assert config.model.qkv_multipliers == (1, 1)
+    assert config.model.width == raw["model"]["width"]
+    assert config.data.sources == {"a": 1}  # a mapping in the place of a list
+    same = load([str(tmp_path / "run.yaml"), "stages.full.lr=0.5", "stages.full.clip=null"])
+    assert config.stages["full"] == same.stages["full"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"run.yaml": "base: ../rum.yaml", "../run.yaml": ""},
+            r"a/run\.yaml -> .*rum\.yaml: No such file or directory; did you mean \"run\.yaml\"",
+        ),
+        ({"run.yaml": "base: run.yaml"}, r"base: .*run\.yaml: a file cannot be its own base"),
+        (
+            {"run.yaml": "base: b/x.yaml", "b/x.yaml": "base: ../run.yaml"},
+            r"base: .*a/run\.yaml -> .*b/x\.yaml -> .*run\.yaml: a file cannot be its own base",
+        ),
+        ({"run.yaml": "base: [x.yaml]"}, r"base=\['x\.yaml'\]: give one YAML file"),
+        ({"run.yaml": "base: x.yaml", "x.yaml": "- 1"}, r"x\.yaml: expected a mapping"),
+        ({"run.yaml": "base: x.yaml", "x.yaml": "name: ["}, r"x\.yaml: not YAML"),
+    ],
+)
+def test_unusable_bases(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    for name, text in files.items():
+        write(tmp_path / "a" / name, text)
+    with pytest.raises(SettingError, match=message) as error:
+        load([str(tmp_path / "a/run.yaml")])
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_pairs_of_ablations_cost_the_same() -> None:
+    """Two ablations of the paper compare networks at equal FLOPs."""
+    from training.estimate import forward_flops
+    from training.preflight import network_config
+
+    def cost(name: str) -> float:
+        plan = check(load([str(ROOT / f"yamls/{name}.yaml"), "data.root=/nowhere"]), False)
+        stage = plan.config.stages["256-masked"]
+        return forward_flops(network_config(plan, stage), stage, 77)
+
+    wide, scaled = cost("ablations/constant-width"), cost("ablations/layerwise")
+    assert wide == pytest.approx(scaled, rel=0.02)
+    assert cost("ablations/smaller-unmasked") == pytest.approx(cost("tiny"), rel=0.02)
+    # A schedule costs the mean over its steps: all between the two ends, in equal shares.
+    assert cost("tiny") < cost("ablations/mask-schedule") < cost("ablations/no-mask")
+
+
+def test_mask_settings(raw: dict[str, Any]) -> None:
+    ramp = {"from": 0.5, "to": 0.0, "steps": 10, "levels": 2}
+    stage = resolve(changed(raw, "stages.masked.mask_ratio", ramp)).stages["masked"]
+    assert [ratio_at(stage.mask_ratio, step) for step in (0, 4, 5, 9)] == [0.5, 0.5, 0.0, 0.0]
+    assert stage.model_dump(mode="json")["mask_ratio"] == ramp | {"shape": "linear"}
+    tread = {"mask": "tread", "tread_blocks": [0, 1]}
+    stage = resolve(changed(raw, "stages.masked", raw["stages"]["masked"] | tread)).stages["masked"]
+    assert stage.scheme() == Tread(tread_blocks=(0, 1))
+
+
+def test_a_stage_begun_before_a_setting_existed_goes_on(
+    raw: dict[str, Any], encoders: Encoders
+) -> None:
+    make_source(Path(raw["data"]["root"]), encoders)
+    plan = check(resolve(raw))
+    folder.begin(plan, "masked")
+    path = folder.stage_folder(plan, "masked").settings
+    settings = json.loads(path.read_text())
+    del settings["stage"]["mask_block"], settings["stage"]["tread_blocks"]
+    path.write_text(json.dumps(settings))
+    folder.check(plan)
+    used = changed(changed(raw, "stages.masked.mask", "block"), "stages.masked.mask_block", 2)
+    with pytest.raises(SettingError, match=r"stage\.mask_block: None -> 2"):
+        folder.check(check(resolve(used)))
+    ramp = {"from": 0.5, "to": 0.0, "steps": 10}
+    with pytest.raises(SettingError, match=r"stage\.mask_ratio: 0\.5 -> \{'from': 0\.5, 'to'"):
+        folder.check(check(resolve(changed(raw, "stages.masked.mask_ratio", ramp))))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -105,6 +210,43 @@ def test_arguments_override_the_file(raw: dict[str, Any], tmp_path: Path) -> Non
         ("stages.full.mask_ratio", 1.0, "stages.full.mask_ratio=1.0: input should be less than 1"),
         ("stages.full.mask_ratio", 0.5, "stages.full: mask_ratio 0.5 with mask none: name a mask"),
         ("stages.full.mask", "defered", 'stages.full: mask defered: unknown; did you mean "defe'),
+        ("stages.full.mask_ratio", "0.5", "stages.full.mask_ratio='0.5': input should be a valid"),
+        (
+            "stages.full.mask_ratio",
+            {"from": 0.5, "to": 0.0, "steps": 5, "levels": 2},
+            "stages.full: mask_ratio with mask none: name a mask, deferred",
+        ),
+        (
+            "stages.masked.mask_ratio",
+            {"from": 0.5, "to": 0.0, "steps": 11},
+            "stages.masked: mask_ratio.steps 11: beyond the stage's 10 steps",
+        ),
+        (
+            "stages.masked.mask_ratio",
+            {"from": 1.0, "to": 0.0, "steps": 10},
+            "stages.masked.mask_ratio.from=1.0: input should be less than 1",
+        ),
+        (
+            "stages.masked.mask_ratio",
+            {"from": 0.5, "to": 0.5, "steps": 10},
+            "stages.masked.mask_ratio: from 0.5 to 0.5: give the number alone",
+        ),
+        (
+            "stages.masked.mask_ratio",
+            {"from": 0.5, "to": 0.0, "steps": 4},
+            "stages.masked.mask_ratio: levels 8: at most one a step, steps is 4",
+        ),
+        (
+            "stages.masked.mask_ratio",
+            {"form": 0.5, "from": 0.5, "to": 0.0, "steps": 10},
+            'stages.masked.mask_ratio.form: unknown key; did you mean "from"?',
+        ),
+        ("stages.masked.mask", "block", "stages.masked: mask block without mask_block: give one"),
+        ("stages.masked.mask_block", 3, "stages.masked.mask_block=3: input should be 2, 4 or 8"),
+        ("stages.masked.mask_block", 4, "stages.masked: mask_block 4 with mask deferred, which"),
+        ("stages.masked.mask", "tread", "stages.masked: mask tread without tread_blocks: give one"),
+        ("model.feed_forward", "swigl", 'did you mean "swiglu"?'),
+        ("base", "x.yaml", "base: unknown key"),
         ("stages.full.warmup", 7, "stages.full: warmup 7: must be shorter than steps 7"),
         (
             "precision",
@@ -129,6 +271,48 @@ def test_arguments_override_the_file(raw: dict[str, Any], tmp_path: Path) -> Non
             "data.latents='moment': input should be 'mean', 'sample'",
         ),
         ("data.crop", "none", "data.crop='none': input should be 'center' or 'random'"),
+        (
+            "objective",
+            "flwo",
+            "objective='flwo': input should be 'edm' or 'flow'; did you mean \"flow",
+        ),
+        ("objective", ["edm"], "objective=['edm']: input should be 'edm' or 'flow'"),
+        (
+            "stages.full.shift",
+            2.0,
+            "stages.full.shift: not read by objective edm, which reads p_mean",
+        ),
+        (
+            "stages.full.p_mean",
+            None,
+            "stages.full.p_mean: objective edm needs a number; its default is -0.6",
+        ),
+        ("stages.full.ema", 1.0, "stages.full.ema=1.0: input should be less than 1"),
+        ("stages.full.ema", "0.9", "stages.full.ema='0.9': input should be a valid number"),
+        ("stages.full.ema", [], "stages.full.ema=[]: list should have at least 1 item"),
+        ("stages.full.ema", [0.9, 0.9], "stages.full: ema 0.9: one of them is there twice"),
+        (
+            "stages.full.ema",
+            {"power": 0.5},
+            "stages.full.ema.power=0.5: input should be less than 0.28",
+        ),
+        (
+            "optimizer.muon.momentum",
+            1.0,
+            "optimizer.muon.momentum=1.0: input should be less than 1",
+        ),
+        (
+            "optimizer.muon.nestrov",
+            True,
+            'optimizer.muon.nestrov: unknown key; did you mean "nesterov"?',
+        ),
+        ("optimizer.expert_lr", 0, "optimizer.expert_lr=0: input should be greater than 0"),
+        (
+            "optimizer.momentum",
+            0.9,
+            'optimizer.momentum: unknown key; did you mean "optimizer.muon.momentum"?',
+        ),
+        ("fidelity", "paper", "fidelity='paper': input should be 'intended' or 'released'"),
     ],
 )
 def test_mistakes_name_the_key_and_the_remedy(
@@ -138,6 +322,108 @@ def test_mistakes_name_the_key_and_the_remedy(
         resolve(changed(raw, key, value))
     assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_key_in_a_list_is_told_too(raw: dict[str, Any]) -> None:
+    with pytest.raises(SettingError) as error:
+        resolve(changed(raw, "stages.full.ema", [0.9, {"powr": 0.1}]))
+    assert str(error.value).splitlines() == [
+        "stages.full.ema.1.power: missing; give it a value (there or in defaults)",
+        'stages.full.ema.1.powr: unknown key; did you mean "power"?',
+    ]
+
+
+def test_each_objective_has_its_own_settings(raw: dict[str, Any]) -> None:
+    edm = resolve(raw)
+    assert edm.objective_settings(edm.stages["full"]) == {
+        "sigma_data": 0.9,
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "p_mean": -0.6,
+        "p_std": 1.2,
+    }
+    raw = changed(changed(raw, "objective", "flow"), "defaults.shift", 2)
+    flow = resolve(changed(raw, "stages.full.logit_mean", 0.5))
+    settings = [flow.objective_settings(stage) for stage in flow.stages.values()]
+    assert settings[0] == {"logit_mean": 0.0, "logit_std": 1.0, "shift": 2.0}
+    assert settings[1] == {"logit_mean": 0.5, "logit_std": 1.0, "shift": 2.0}
+    for key in ("stages.full.p_std", "defaults.p_mean"):
+        with pytest.raises(
+            SettingError, match=r"p_\w+: not read by objective flow, which reads logit"
+        ):
+            resolve(changed(raw, key, 1.0))
+    with pytest.raises(
+        SettingError, match=r"^edm: not read by objective flow; remove the section$"
+    ):
+        resolve(changed(raw, "edm.sigma_data", 0.5))
+
+
+@pytest.mark.parametrize("objective", ["edm", "flow"])
+def test_every_field_of_an_objective_is_a_setting(raw: dict[str, Any], objective: str) -> None:
+    """Names and defaults cannot drift apart."""
+    from pkgutil import resolve_name
+
+    from training.objectives import OBJECTIVES
+
+    kind = resolve_name(OBJECTIVES[objective])
+    config = resolve(changed(raw, "objective", objective))
+    assert kind(**config.objective_settings(config.stages["full"])) == kind()
+    assert config.objective_settings(config.stages["full"]).keys() == {f.name for f in fields(kind)}
+    assert OBJECTIVES.keys() == NOISE.keys()
+    assert kind.name == objective
+
+
+def test_averages_by_name(raw: dict[str, Any]) -> None:
+    def names(ema: Any) -> list[str]:
+        return list(resolve(changed(raw, "stages.full.ema", ema)).stages["full"].averages())
+
+    assert names(0.99975) == ["0.99975"]
+    assert names({"power": 0.1}) == ["power-0.1"]
+    assert names([0.9, {"power": 0.05}, 0.999]) == ["0.9", "power-0.05", "0.999"]
+    assert names(None) == []
+
+
+def test_the_papers_two_readings(raw: dict[str, Any]) -> None:
+    """The published code applies neither the average nor the experts' rate that its YAML names."""
+    path = str(ROOT / "yamls/1b.yaml")
+    intended, released = load([path]), load([path, "fidelity=released"])
+    assert intended.optimizer.expert_lr == 0.5
+    assert [list(s.averages()) for s in intended.stages.values()] == [
+        [],
+        [],
+        ["0.99975"],
+        ["0.9975"],
+    ]
+    assert released.optimizer.expert_lr == 1.0
+    assert [(s.ema, s.ema_start) for s in released.stages.values()] == [(None, 0)] * 4
+    # Nothing else differs.
+    same = {"fidelity": "intended", "optimizer": intended.optimizer, "stages": intended.stages}
+    assert released.model_copy(update=same) == intended
+    for name, stage in released.stages.items():
+        averages = {key: getattr(intended.stages[name], key) for key in ("ema", "ema_start")}
+        assert stage.model_copy(update=averages) == intended.stages[name]
+    # A resolved config says the same once more, and what is said of either is overruled.
+    assert Config.model_validate(released.model_dump(mode="json")) == released
+    assert (
+        resolve(
+            changed(changed(raw, "optimizer.expert_lr", 0.1), "fidelity", "released")
+        ).optimizer.expert_lr
+        == 1
+    )
+
+
+def test_the_demo_keeps_its_measured_recipe() -> None:
+    assert load([str(ROOT / "yamls/demo.yaml")]).optimizer.expert_lr == 1.0
+
+
+def test_muon_from_an_argument(raw: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    assert load([str(path)]).optimizer.muon is None
+    muon = load([str(path), "optimizer.muon={}"]).optimizer.muon
+    assert muon is not None
+    assert (muon.lr, muon.momentum, muon.scale) == (1.0, 0.95, "rms")
+    assert load([str(path), "optimizer.muon.scale=spectral"]).optimizer.muon != muon
 
 
 def test_weights_from_a_file_and_from_arguments(raw: dict[str, Any], tmp_path: Path) -> None:
@@ -205,7 +491,7 @@ def test_missing_file_names_the_nearest() -> None:
 
 def test_sizes_of_the_network_are_the_networks_own() -> None:
     """Every size of DiTConfig is a setting or follows from the encoders; names cannot drift."""
-    from training.dit import MODELS, DiTConfig
+    from training.dit_config import MODELS, DiTConfig
 
     derived = {"input_size", "in_channels", "caption_width", "caption_length", "pos_interp_scale"}
     ours = Model.model_fields.keys() - {"arch", "base_resolution"}
@@ -220,7 +506,21 @@ def test_sizes_of_the_network_are_the_networks_own() -> None:
         ({"data.vae": "sdxll"}, 'vae=sdxll: unknown; did you mean "sdxl"?'),
         ({"data.text_encoder": "dfn5b"}, 'text_encoder=dfn5b: unknown; did you mean "dfn5b-h14"?'),
         ({"stages.full.resolution": 72}, "stages.full.resolution=72: must be a multiple of 16"),
-        ({"stages.masked.mask_ratio": 0.99}, "stages.masked.mask_ratio=0.99: keeps none of 16"),
+        (
+            {"stages.masked.mask_ratio": {"from": 0.1, "to": 0.95, "steps": 10}},
+            "stages.masked: mask_ratio 0.95: keeps none of 16 patches; at most 0.9375",
+        ),
+        (
+            {"stages.masked.mask": "block", "stages.masked.mask_block": 8},
+            "stages.masked: mask_block 8: does not divide the 4 x 4 patches of an image",
+        ),
+        (
+            {"stages.masked.mask": "tread", "stages.masked.tread_blocks": [1, 2]},
+            "stages.masked: tread_blocks [1, 2]: the backbone's last block is 1",
+        ),
+        ({"stages.masked.mask": "maskdit"}, "stages.masked: mask maskdit without a decoder: set"),
+        ({"model.width": 40}, "model: width 40: choose a multiple of head_dim 16"),
+        ({"stages.masked.mask_ratio": 0.99}, "stages.masked: mask_ratio 0.99: keeps none of 16"),
     ],
 )
 def test_settings_that_do_not_fit(
@@ -283,13 +583,27 @@ def test_a_vae_that_changed_is_refused(raw: dict[str, Any], encoders: Encoders) 
 
 def test_sources_of_different_weights_are_refused(raw: dict[str, Any], encoders: Encoders) -> None:
     root = Path(raw["data"]["root"])
-    make_source(root, encoders)
-    store = make_source(root, encoders, name="other")
-    path = next(root.glob("other/latents/**/manifest.json")).relative_to(root)
-    facts = store.read_json(str(path))["vae"]
-    edit(store, str(path), {"vae": facts | {"weights_sha256": "ab"}})
+    for name, found in {"toy": "cd", "other": "ab"}.items():
+        of_weights(make_source(root, encoders, name=name), name, found)
     with pytest.raises(SettingError, match="toy and other were encoded by different vaes"):
         check(resolve(changed(raw, "data.sources", ["toy", "other"])))
+
+
+def of_weights(store: Store, name: str, sha256: str) -> None:
+    path = next(Path(store.root).glob(f"{name}/latents/**/manifest.json")).relative_to(store.root)
+    edit(store, str(path), {"vae": store.read_json(str(path))["vae"] | {"weights_sha256": sha256}})
+
+
+def test_weights_of_imported_groups_are_unknown(raw: dict[str, Any], encoders: Encoders) -> None:
+    """`pipeline convert import` cannot tell what made the latents; others must still agree."""
+    root = Path(raw["data"]["root"])
+    for name, found in {"imported": "", "toy": "ab", "other": "ab"}.items():
+        of_weights(make_source(root, encoders, name=name), name, found)
+    sources = changed(raw, "data.sources", ["imported", "toy", "other"])
+    assert len(check(resolve(sources)).data["full"]) == 3
+    of_weights(Store(root), "other", "cd")
+    with pytest.raises(SettingError, match="toy and other were encoded by different vaes"):
+        check(resolve(sources))
 
 
 def test_files_that_are_gone(raw: dict[str, Any], encoders: Encoders) -> None:

@@ -11,52 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.dit import MODELS, DiTConfig, MicroDiT
-from training.masking.deferred import draw
+from tests.training.networks import SMALL, inputs, random_model
+from training.dit import MicroDiT
+from training.dit_config import MODELS, DiTConfig
+from training.layers import GeluMLP, position_table
+from training.masking.deferred import Deferred
 from training.masking.tokens import TokenMask
 
 SHAPES = Path(__file__).parents[1] / "vectors" / "state_dict_shapes.json"
-SMALL = DiTConfig(
-    input_size=8,
-    width=32,
-    depth=4,
-    head_dim=8,
-    multiple_of=16,
-    mixer_width=16,
-    mixer_depth=2,
-    num_experts=4,
-    caption_width=24,
-    caption_length=7,
-)
 RELEASED = {
     "MicroDiT_Tiny_2": MODELS["MicroDiT_Tiny_2"],
     "MicroDiT_XL_2": dataclasses.replace(
         MODELS["MicroDiT_XL_2"], input_size=64, pos_interp_scale=2.0
     ),
 }
-
-
-def random_model(config: DiTConfig = SMALL, seed: int = 0) -> MicroDiT:
-    """A model in which no layer is zero, so that every path shows in the output.
-
-    In float64: experts choose by rank, so in float32 a rounding error can change who is chosen.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    model = MicroDiT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(0.5 + 0.3 * noise if parameter.dim() == 1 else 0.2 * noise)
-    return model.double()
-
-
-def inputs(config: DiTConfig = SMALL, batch: int = 3, rows: int = 7) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(1)
-    size = (batch, config.in_channels, config.input_size, config.input_size)
-    x = torch.randn(size, generator=generator, dtype=torch.float64)
-    c_noise = torch.randn(batch, generator=generator, dtype=torch.float64) / 4
-    y = torch.randn(batch, rows, config.caption_width, generator=generator, dtype=torch.float64)
-    return x, c_noise, y
 
 
 # --- shape
@@ -140,6 +108,8 @@ def test_sixteen_channels_lie_fastest_in_a_patch() -> None:
         ({"depth": 0}, "depth 0"),
         ({"mixer_depth": -1}, "mixer_depth -1"),
         ({"pos_interp_scale": 0.0}, "pos_interp_scale 0.0"),
+        ({"decoder_depth": -1}, "decoder_depth -1"),
+        ({"decoder_width": 40}, "decoder_width 40: choose a multiple of its 16 heads"),
     ],
 )
 def test_impossible_configuration_is_refused(change: dict[str, Any], message: str) -> None:
@@ -149,6 +119,76 @@ def test_impossible_configuration_is_refused(change: dict[str, Any], message: st
 
 def test_configuration_survives_json() -> None:
     assert DiTConfig(**json.loads(json.dumps(dataclasses.asdict(SMALL)))) == SMALL
+
+
+def test_gelu_feed_forwards_have_two_matrices_and_as_many_parameters() -> None:
+    """w2 gelu(w1 x), of the width before SwiGLU's 2/3; experts stay as they are."""
+    config = dataclasses.replace(SMALL, feed_forward="gelu", width=96, multiple_of=1)
+    state = random_model(config).state_dict()
+    swiglu = random_model(dataclasses.replace(config, feed_forward="swiglu")).state_dict()
+    for prefix in ("y_emb_preprocess.mlp", "patch_mixer.0.mlp", "blocks.3.mlp"):
+        own = [key for key in state if key.startswith(prefix)]
+        assert own == [f"{prefix}.w1.weight", f"{prefix}.w2.weight"]
+        count = sum(swiglu[key].numel() for key in swiglu if key.startswith(prefix))
+        assert sum(state[key].numel() for key in own) == pytest.approx(count, rel=0.02)
+    assert state["blocks.1.mlp.w1"].shape == swiglu["blocks.1.mlp.w1"].shape
+    mlp, x = GeluMLP(4, 6), torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    hidden = x @ mlp.w1.weight.T
+    hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+    torch.testing.assert_close(mlp(x), hidden @ mlp.w2.weight.T)
+
+
+def test_feed_forward_of_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="feed_forward relu: choose swiglu or gelu"):
+        dataclasses.replace(SMALL, feed_forward="relu")  # pyright: ignore[reportArgumentType]
+
+
+def test_no_mixer_needs_no_projections() -> None:
+    model = random_model(dataclasses.replace(SMALL, mixer_depth=0))
+    assert not [key for key in model.state_dict() if key.startswith("patch_mixer")]
+
+
+def test_decoder_adds_keys_and_only_the_final_layer_changes() -> None:
+    """MaskDiT's decoder: entry, mask token, positions, blocks without cross-attention."""
+    plain = MicroDiT(SMALL).state_dict()
+    config = dataclasses.replace(SMALL, decoder_depth=2, decoder_width=64)
+    state = MicroDiT(config).state_dict()
+    added = [key for key in state if key not in plain]
+    assert list(state) == [*plain, *added]
+    assert {key.removeprefix("decoder.blocks.0.") for key in added if "blocks.1" not in key} == {
+        "decoder.pos_embed",
+        "decoder.mask_token",
+        "decoder.entry.adaLN_modulation.1.weight",
+        "decoder.entry.adaLN_modulation.1.bias",
+        "decoder.entry.linear.weight",
+        "decoder.entry.linear.bias",
+        "norm1.weight",
+        "attn.qkv.weight",
+        "attn.proj.weight",
+        "norm2.weight",
+        "mlp.w1.weight",
+        "mlp.w2.weight",
+        "mlp.w3.weight",
+        "adaLN_modulation.1.weight",
+        "adaLN_modulation.1.bias",
+    }
+    changed = {key for key in plain if plain[key].shape != state[key].shape}
+    assert changed == {
+        "final_layer.linear.weight",
+        "final_layer.adaLN_modulation.1.weight",
+        "final_layer.adaLN_modulation.1.bias",
+        "final_layer.norm_final.weight",
+    }
+    assert state["decoder.mask_token"].shape == (1, 1, 64)
+    assert state["decoder.entry.linear.weight"].shape == (64, 32)
+    assert MicroDiT(config).decoder.blocks[0].attn.head_dim == 4  # pyright: ignore  # 16 heads
+
+
+def test_the_papers_decoder_is_512_wide() -> None:
+    with torch.device("meta"):
+        state = MicroDiT(dataclasses.replace(SMALL, decoder_depth=8)).state_dict()
+    assert state["decoder.pos_embed"].shape == (1, 16, 512)
+    assert {int(key.split(".")[2]) for key in state if "decoder.blocks" in key} == set(range(8))
 
 
 # --- initialisation
@@ -236,13 +276,33 @@ def test_initialisation_depends_on_the_generator_alone(fresh: MicroDiT) -> None:
         assert torch.equal(a, b), name
 
 
+def test_decoder_at_initialisation() -> None:
+    config = dataclasses.replace(SMALL, decoder_depth=2, decoder_width=256)
+    model = MicroDiT(config)
+    model.initialise(torch.Generator().manual_seed(3))
+    with torch.device("meta"):
+        other = MicroDiT(config)
+    other.to_empty(device="cpu").initialise(torch.Generator().manual_seed(3))
+    state = model.state_dict()
+    for (name, a), b in zip(state.items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    x, c_noise, y = (tensor.float() for tensor in inputs())
+    assert model(x, c_noise, y).abs().max() == 0
+    assert_std(state["decoder.mask_token"], 0.02)
+    for i in range(2):
+        assert_std(state[f"decoder.blocks.{i}.attn.proj.weight"], 0.02 / math.sqrt(2 * (i + 1)))
+    for name, value in state.items():
+        if name.startswith("decoder") and ("adaLN" in name or "entry" in name):
+            assert value.abs().max() == 0, name
+
+
 # --- forward
 
 
 def test_every_parameter_gets_a_gradient() -> None:
     model = random_model()
     x, c_noise, y = inputs()
-    mask = draw(torch.rand(3, 16, generator=torch.Generator().manual_seed(0)), 0.5)
+    mask = Deferred().draw(torch.rand(3, 16, generator=torch.Generator().manual_seed(0)), 0.5)
     model(x, c_noise, y, mask=mask).square().mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -260,7 +320,7 @@ def test_order_of_kept_tokens_does_not_matter() -> None:
 def test_dropped_patches_are_zero_and_unseen_after_the_mixer() -> None:
     config = dataclasses.replace(SMALL, mixer_depth=0)  # naive masking: dropped is unseen
     model, (x, c_noise, y) = random_model(config), inputs()
-    mask = draw(torch.rand(3, 16, generator=torch.Generator().manual_seed(0)), 0.75)
+    mask = Deferred().draw(torch.rand(3, 16, generator=torch.Generator().manual_seed(0)), 0.75)
     assert mask is not None
     dropped = mask.mask.view(3, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3).bool()
     out = model(x, c_noise, y, mask=mask)
@@ -307,7 +367,7 @@ def test_bfloat16_autocast_stays_close() -> None:
 def test_padding_does_not_change_trimmed_captions(extra: int) -> None:
     model, (x, c_noise, y) = random_model(), inputs()
     y_mask = torch.arange(7) < torch.tensor([[7], [1], [4]])
-    mask = draw(torch.rand(3, 16, generator=torch.Generator().manual_seed(0)), 0.5)
+    mask = Deferred().draw(torch.rand(3, 16, generator=torch.Generator().manual_seed(0)), 0.5)
     expected = model(x, c_noise, y, y_mask, mask)
     rubbish = 5 * torch.randn(3, extra, 24, generator=torch.Generator().manual_seed(2))
     padded = torch.cat((y, rubbish.double()), dim=1)
@@ -365,3 +425,14 @@ def test_finer_grid_keeps_the_coarse_positions_and_all_weights() -> None:
     assert other.config == model.config
     with pytest.raises(ValueError, match="input_size 7"):
         model.set_resolution(input_size=7, pos_interp_scale=1.0)
+
+
+def test_finer_grid_with_a_decoder() -> None:
+    model = random_model(dataclasses.replace(SMALL, decoder_depth=1, decoder_width=32))
+    assert model.decoder is not None
+    coarse = model.decoder.pos_embed.view(4, 4, -1)
+    assert torch.equal(coarse.float(), position_table(32, 4, 1.0).view(4, 4, -1))
+    model.set_resolution(input_size=16, pos_interp_scale=2.0)
+    assert torch.equal(model.decoder.pos_embed.view(8, 8, -1)[::2, ::2], coarse)
+    x, c_noise, y = inputs(model.config)
+    assert model(x, c_noise, y).shape == (3, 4, 16, 16)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from composer import Callback
 from torch import nn
 
 from pipeline.core import drops
@@ -22,6 +23,7 @@ from training import assemble, heldout, journal, weights
 from training.config import resolve
 from training.evaluation import Evaluation, quantiles
 from training.model import DiffusionModel
+from training.objectives.edm import EDM
 from training.preflight import Plan, check
 from training.randomness import keyed_seed
 from training.swap import swapped
@@ -91,6 +93,7 @@ def test_losses_of_live_weights_and_average(toy: dict[str, Any], tmp_path: Path)
     pictures = heldout.read(plan, "masked", "heldout", 18)
     assert [p.key for p in pictures] == [f"00002{n:04d}" for n in range(18)]
     edm = weights.read_passport(folder / "model.safetensors").noise()
+    assert isinstance(edm, EDM)
     for name, file in (("live", "live.safetensors"), ("ema", "model.safetensors")):
         network, _ = weights.load(folder / file)
         means = []
@@ -138,6 +141,60 @@ def test_swapped_weights_are_seen_by_compiled_code() -> None:
     for name, value in network.named_parameters():
         assert torch.equal(value, own[name])
         assert torch.equal(other[name], kept[name])
+
+
+def test_compiled_blocks(toy: dict[str, Any], tmp_path: Path) -> None:
+    """Graphs that the first evaluation and the first sheet made serve all that follow, whatever the
+    lengths of captions and the number of pictures; and numbers are those of plain code."""
+
+    class Compile(Callback):
+        def init(self, state: Any, logger: Any) -> None:
+            state.model.dit.compile_blocks("eager")
+
+    class Graphs(Callback):
+        """How many graphs looking at the model made, after each step."""
+
+        def __init__(self) -> None:
+            self.made: list[int] = []
+
+        def after_train_batch(self, state: Any, logger: Any) -> None:
+            self.made.append(-torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+        def batch_end(self, state: Any, logger: Any) -> None:
+            self.made[-1] += torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    changes: dict[str, Any] = {"evaluate": {"every": 2, "samples": 18, "bins": 2}}
+    changes["samples"] = {"every": 2, "count": 3, "steps": 2}
+    graphs = Graphs()
+    torch._dynamo.reset()
+    assemble.run(plan_of(toy, tmp_path / "compiled", **changes), [Compile(), graphs])
+    assemble.run(plan_of(toy, tmp_path / "eager", **changes))
+    rows = [journal.read(tmp_path / f"{n}/masked/metrics.jsonl") for n in ("compiled", "eager")]
+    for key in ("train/loss", "eval/live/mean", "eval/ema/q75"):
+        compiled, eager = ([row[key] for row in run if key in row] for run in rows)
+        assert compiled == pytest.approx(eager, rel=1e-5)
+    first, *others = (made for made in graphs.made if made)
+    assert graphs.made[1] == first
+    assert 0 < first <= 12  # four sizes of blocks; evaluation, and a sampler's batch of two halves
+    assert others == []
+
+
+def test_averages_have_names(toy: dict[str, Any], tmp_path: Path) -> None:
+    stage = toy["stages"]["masked"] | {"ema": [0.9, {"power": 0.1}]}
+    assemble.run(plan_of(toy, tmp_path / "run", stages={"masked": stage}))
+    row = journal.read(tmp_path / "run/masked/metrics.jsonl")[-1]
+    names = [key.split("/")[1] for key in row if key.startswith("eval/") and key.endswith("/mean")]
+    assert names == ["live", "ema", "ema-power-0.1"]
+    assert len({row[f"eval/{name}/mean"] for name in names}) == 3
+
+
+def test_flow(toy: dict[str, Any], tmp_path: Path) -> None:
+    """The same bins are quantiles of any objective's levels: at t near 1 nothing is left but the
+    mean to predict, at t near 0 noise."""
+    plan = plan_of({**toy, "objective": "flow"}, tmp_path / "run")
+    assemble.run(plan)
+    row = journal.read(tmp_path / "run/masked/metrics.jsonl")[-1]
+    assert all(0 < row[f"eval/live/q{q:02}"] < 10 for q in (6, 44, 94))
 
 
 def test_no_held_out_shards(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,15 +1,18 @@
 """The closed form equals torch's own counter, and the sizes the paper states."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.dit import MODELS, DiTConfig, MicroDiT
+from training.dit import MicroDiT
+from training.dit_config import MODELS, DiTConfig
 from training.flops import flops_per_image, num_parameters
-from training.masking.deferred import draw
+from training.masking import MASKS
+from training.masking.scheme import make_scheme
 
 SMALL = DiTConfig(
     input_size=16,
@@ -24,18 +27,37 @@ SMALL = DiTConfig(
 )
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.75])
+SETTINGS = {"block": {"mask_block": 2}, "tread": {"tread_blocks": (1, 3)}}
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio"),
+    [(name, 0.0) for name in MASKS] + [(n, r) for n in MASKS if n != "none" for r in (0.5, 0.75)],
+)
 @pytest.mark.parametrize("text_tokens", [5, 77])
-@pytest.mark.parametrize("mixer_width", [48, 64])
-def test_equals_the_flop_counter(ratio: float, text_tokens: int, mixer_width: int) -> None:
-    config = dataclasses.replace(SMALL, mixer_width=mixer_width)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"mixer_width": 64},
+        {"mixer_depth": 0},
+        {"feed_forward": "gelu", "moe_every": 0},
+        {"decoder_depth": 2, "decoder_width": 32},
+        {"decoder_depth": 1, "decoder_width": 80, "feed_forward": "gelu"},
+    ],
+    ids=str,
+)
+def test_equals_the_flop_counter(
+    name: str, ratio: float, text_tokens: int, change: dict[str, Any]
+) -> None:
+    config, scheme = dataclasses.replace(SMALL, **change), make_scheme(name, SETTINGS.get(name))
     model = MicroDiT(config)
-    mask = draw(torch.rand(1, 64), ratio)
+    mask = scheme.draw(torch.rand(1, 64), ratio)
     x, y = torch.randn(1, 4, 16, 16), torch.randn(1, text_tokens, 40)
     # The plain attention, because the counter does not know the fused CPU kernel.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x, torch.zeros(1), y, mask=mask)
-    assert flops_per_image(config, ratio, text_tokens) == counter.get_total_flops()
+    assert flops_per_image(config, ratio, text_tokens, scheme) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,11 @@ from pipeline.core.errors import SettingError
 from pipeline.core.manifest import LatentsManifest, TextManifest
 from tests.training.groups import SHIPPED
 from training import weights
-from training.denoiser import EDM
-from training.dit import DiTConfig, MicroDiT
+from training.dit import MicroDiT
+from training.dit_config import DiTConfig
 from training.generate import Painter, main, read_prompts
+from training.objectives.edm import EDM
+from training.objectives.flow import Flow
 from training.sheet import contact_sheet
 
 PROMPTS = ["avocado on a blue background", "rocket", "rocket"]
@@ -86,6 +88,28 @@ def test_weights_round_trip(checkpoint: Path, tmp_path: Path) -> None:
     for name, expected in {**network.state_dict(), **averaged}.items():
         assert torch.equal(again.state_dict()[name], expected), name
     assert [path.name for path in tmp_path.iterdir()] == ["again.safetensors"]
+
+
+def test_weights_from_before_there_were_objectives(checkpoint: Path, tmp_path: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    record = weights.read_passport(path).model_dump(mode="json")
+    del record["objective"]
+    edm = {"sigma_data": 0.7, "sigma_min": 0.01, "sigma_max": 40.0, "p_mean": 0.0, "p_std": 0.6}
+    old = record | {"schema_version": 1, "edm": edm}
+    save_file(
+        load_file(path), tmp_path / "old.safetensors", {weights.METADATA_KEY: json.dumps(old)}
+    )
+    _, passport = weights.load(tmp_path / "old.safetensors")
+    assert passport.noise() == EDM(**edm)
+    assert passport.ema == 0.9
+
+
+def test_every_objective_is_in_the_passport(checkpoint: Path, tmp_path: Path) -> None:
+    network, passport = weights.load(checkpoint / "model.safetensors")
+    flow = Flow(logit_mean=0.25, shift=2.0)
+    other = passport.model_copy(update=weights.facts(network, flow))
+    weights.save(tmp_path / "model.safetensors", network, {}, other)
+    assert weights.read_passport(tmp_path / "model.safetensors").noise() == flow
 
 
 def test_pictures_on_disk(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -159,6 +183,10 @@ def test_unusable_checkpoints(
     assert "upgrade the package" in answer()
     save_file(tensors, path, {weights.METADATA_KEY: json.dumps(record | {"vae": 1})})
     assert "broken passport (vae" in answer()
+    save_file(
+        tensors, path, {weights.METADATA_KEY: json.dumps(record | {"objective": {"name": "x"}})}
+    )
+    assert "broken passport (objective: Value error, name x: known are edm, flow" in answer()
     record["model"]["depth"] = 3
     save_file(tensors, path, {weights.METADATA_KEY: json.dumps(record)})
     assert "Missing key(s)" in answer()

@@ -1,14 +1,32 @@
-"""Masks equal a transcription of their definition; dropping and putting back are inverse."""
+"""Masks equal a transcription of their definition; taking tokens out and putting them back are
+inverse."""
 
-import pkgutil
+from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
+from training.dit_config import DiTConfig
 from training.masking import MASKS
-from training.masking.deferred import draw, kept_tokens
-from training.masking.tokens import TokenMask
+from training.masking.block import Block
+from training.masking.deferred import Deferred
+from training.masking.kept import kept_tokens
+from training.masking.ratio import RatioSchedule, ratio_at, ratio_steps
+from training.masking.scheme import Scheme, make_scheme
+
+SETTINGS = {"block": {"mask_block": 2}, "tread": {"tread_blocks": (1, 2)}}
+
+
+def scheme_of(name: str) -> Scheme:
+    return make_scheme(name, SETTINGS.get(name))
+
+
+MASKING = sorted(MASKS.keys() - {"none"})
 
 
 def reference(noise: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -24,19 +42,33 @@ def reference(noise: np.ndarray, keep: int) -> tuple[np.ndarray, np.ndarray, np.
     return ids_keep, ids_restore, mask
 
 
-def noise(batch: int, tokens: int) -> torch.Tensor:
-    return torch.rand(batch, tokens, generator=torch.Generator().manual_seed(tokens))
+def noise(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(batch, tokens, generator=torch.Generator().manual_seed(tokens + 1000 * seed))
 
 
+@pytest.mark.parametrize("name", ["deferred", "naive", "maskdit", "tread"])
 @pytest.mark.parametrize(("tokens", "ratio"), [(16, 0.75), (64, 0.5), (256, 0.9), (9, 0.1)])
-def test_equals_reference(tokens: int, ratio: float) -> None:
+def test_equals_reference(name: str, tokens: int, ratio: float) -> None:
     numbers = noise(5, tokens)
-    mask = draw(numbers, ratio)
+    mask = scheme_of(name).draw(numbers, ratio)
     assert mask is not None
-    expected = reference(numbers.numpy(), kept_tokens(tokens, ratio))
+    ids_keep, ids_restore, lost = reference(numbers.numpy(), kept_tokens(tokens, ratio))
+    if name == "tread":
+        lost[:] = 0  # nothing is lost: every token rejoins
+    expected = (ids_keep, ids_restore, lost)
     for actual, wanted in zip((mask.ids_keep, mask.ids_restore, mask.mask), expected, strict=True):
         assert actual.numpy().dtype == wanted.dtype
         np.testing.assert_array_equal(actual.numpy(), wanted)
+
+
+def test_where_tokens_leave() -> None:
+    assert {name: scheme_of(name).skips for name in MASKING} == {
+        "deferred": "backbone",
+        "naive": "network",
+        "maskdit": "network",
+        "block": "backbone",
+        "tread": (1, 2),
+    }
 
 
 @pytest.mark.parametrize(
@@ -58,26 +90,76 @@ def test_number_of_kept_tokens(tokens: int, ratio: float, kept: int) -> None:
     assert kept_tokens(tokens, ratio) == kept
 
 
+@pytest.mark.parametrize("name", MASKING)
+@given(
+    side=st.sampled_from([2, 4, 6, 8, 16]), hundredths=st.integers(0, 99), seed=st.integers(0, 9)
+)
+def test_kept_count_is_exact(name: str, side: int, hundredths: int, seed: int) -> None:
+    """floor(T (1 - r)) in whole numbers, for cells of b x b: floor(T / b^2 (1 - r)) b^2."""
+    unit = 4 if name == "block" else 1
+    keep = side * side // unit * (100 - hundredths) // 100 * unit
+    assume(keep > 0)
+    scheme = scheme_of(name)
+    assert scheme.kept(side * side, hundredths / 100) == keep
+    mask = scheme.draw(noise(3, side * side, seed), hundredths / 100)
+    if mask is None:
+        assert keep == side * side
+        return
+    assert mask.ids_keep.shape == (3, keep)
+    assert all(len(set(row)) == keep for row in mask.ids_keep.tolist())
+    lost = 0 if name == "tread" else side * side - keep
+    assert mask.mask.sum(dim=1).tolist() == [lost] * 3
+
+
+@pytest.mark.parametrize("b", [2, 4, 8])
+def test_cells_are_kept_or_dropped_whole(b: int) -> None:
+    numbers = noise(6, 256)
+    mask = Block(mask_block=b).draw(numbers, 0.75)
+    assert mask is not None
+    assert mask.ids_keep.shape == (6, 64)
+    grids = mask.mask.view(6, 16, 16).numpy()
+    for grid, own in zip(grids, numbers.view(6, 16, 16).numpy(), strict=True):
+        cells = grid.reshape(16 // b, b, 16 // b, b).swapaxes(1, 2).reshape(-1, b * b)
+        assert (cells == cells[:, :1]).all()
+        # Those with the smallest numbers, each cell's being that of its first token.
+        kept = np.argsort(own[::b, ::b].ravel())[: 64 // (b * b)]
+        assert set(np.flatnonzero(cells[:, 0] == 0)) == set(kept)
+
+
+def test_cells_with_the_same_number_do_not_share_places() -> None:
+    mask = Block(mask_block=2).draw(torch.zeros(1, 16), 0.5)
+    assert mask is not None
+    assert mask.mask.view(4, 4).tolist() == [[0] * 4, [0] * 4, [1] * 4, [1] * 4]
+
+
+@pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan")])
-def test_ratio_outside_the_range_is_refused(ratio: float) -> None:
-    with pytest.raises(ValueError, match=r"mask ratio .*\[0, 1\)"):
-        draw(noise(2, 16), ratio)
+def test_ratio_outside_the_range_is_refused(name: str, ratio: float) -> None:
+    with pytest.raises(ValueError, match=r"^mask_ratio "):
+        scheme_of(name).draw(noise(2, 16), ratio)
 
 
 def test_ratio_that_keeps_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"keeps none of 16 tokens, choose at most 0\.9375"):
-        draw(noise(2, 16), 0.95)
-    assert draw(noise(2, 16), 0.9375) is not None
+    with pytest.raises(ValueError, match=r"keeps none of 16 patches; at most 0\.9375"):
+        Deferred().draw(noise(2, 16), 0.95)
+    assert Deferred().draw(noise(2, 16), 0.9375) is not None
+    with pytest.raises(ValueError, match=r"keeps none of 4 cells; at most 0\.75"):
+        Block(mask_block=2).draw(noise(2, 16), 0.9)
+
+
+def test_cells_that_do_not_tile_the_grid_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"mask_block 4: does not divide the 6 x 6 patches"):
+        Block(mask_block=4).kept(36, 0.5)
 
 
 def test_ties_fall_to_the_first_token() -> None:
-    mask = draw(torch.zeros(1, 8), 0.5)
+    mask = Deferred().draw(torch.zeros(1, 8), 0.5)
     assert mask is not None
     assert mask.ids_keep.tolist() == [[0, 1, 2, 3]]
 
 
 def test_restore_inverts_keep() -> None:
-    mask = draw(noise(3, 16), 0.75)
+    mask = Deferred().draw(noise(3, 16), 0.75)
     assert mask is not None
     x = torch.randn(3, 16, 5)
     fill = torch.full((1, 1, 5), 7.0)
@@ -85,8 +167,21 @@ def test_restore_inverts_keep() -> None:
     assert torch.equal(mask.restore(mask.keep(x), fill), expected)
 
 
+def test_rejoin_puts_kept_tokens_back_among_the_others() -> None:
+    mask = Deferred().draw(noise(3, 16), 0.75)
+    assert mask is not None
+    x, bypassed = torch.randn(2, 3, 16, 5, requires_grad=True)
+    expected = torch.where(mask.mask[..., None].bool(), bypassed, x)
+    actual = mask.rejoin(mask.keep(x), bypassed)
+    assert torch.equal(actual, expected)
+    direction = torch.randn(3, 16, 5)
+    gradients = torch.autograd.grad(actual, (x, bypassed), direction)
+    wanted = torch.autograd.grad(expected, (x, bypassed), direction)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
+
+
 def test_gradient_reaches_kept_tokens_only() -> None:
-    mask = draw(noise(3, 16), 0.75)
+    mask = Deferred().draw(noise(3, 16), 0.75)
     assert mask is not None
     x = torch.randn(3, 16, 5, requires_grad=True)
     mask.restore(mask.keep(x), torch.zeros(1, 1, 5)).sum().backward()
@@ -96,17 +191,106 @@ def test_gradient_reaches_kept_tokens_only() -> None:
 
 @pytest.mark.parametrize("name", MASKS)
 def test_every_scheme_keeps_all_at_ratio_zero(name: str) -> None:
-    assert pkgutil.resolve_name(MASKS[name])(noise(2, 16), 0.0) is None
+    assert scheme_of(name).draw(noise(2, 16), 0.0) is None
 
 
-@pytest.mark.parametrize("name", sorted(MASKS.keys() - {"none"}))
-def test_every_masking_scheme_drops_the_share_it_is_asked_for(name: str) -> None:
-    mask = pkgutil.resolve_name(MASKS[name])(noise(2, 16), 0.75)
-    assert isinstance(mask, TokenMask)
-    assert mask.ids_keep.shape == (2, 4)
-    assert mask.mask.sum(dim=1).tolist() == [12, 12]
+@pytest.mark.parametrize("name", MASKING)
+def test_masks_do_not_depend_on_the_global_generator(name: str) -> None:
+    masks = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        masks.append(scheme_of(name).draw(noise(4, 64), 0.75))
+        assert torch.equal(before, torch.get_rng_state())
+    assert masks[0] is not None
+    assert torch.equal(masks[0].ids_keep, masks[1].ids_keep)
 
 
 def test_scheme_none_refuses_a_ratio() -> None:
-    with pytest.raises(ValueError, match=r"mask ratio 0\.75 with scheme 'none'"):
-        pkgutil.resolve_name(MASKS["none"])(noise(2, 16), 0.75)
+    with pytest.raises(ValueError, match=r"mask_ratio 0\.75 with mask none"):
+        scheme_of("none").draw(noise(2, 16), 0.75)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("defered", {}, 'mask defered: unknown; did you mean "deferred"?'),
+        ("block", {}, "mask block without mask_block: give one, e.g. mask_block: 2"),
+        ("naive", {"mask_block": 4}, "mask_block 4 with mask naive, which has no use for it"),
+        ("tread", {"tread_blocks": (3, 2)}, r"tread_blocks \[3, 2\]: give the first and the last"),
+        ("tread", {"tread_blocks": (-1, 2)}, r"tread_blocks \[-1, 2\]: give the first and the"),
+    ],
+)
+def test_settings_a_scheme_cannot_have(name: str, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make_scheme(name, settings)
+
+
+def test_networks_a_scheme_cannot_train() -> None:
+    with pytest.raises(ValueError, match=r"tread_blocks \[1, 2\]: the backbone's last block is 1"):
+        scheme_of("tread").check(DiTConfig(depth=2))
+    scheme_of("tread").check(DiTConfig(depth=3))
+    with pytest.raises(ValueError, match=r"mask maskdit without a decoder: set model\.d"):
+        scheme_of("maskdit").check(DiTConfig())
+    scheme_of("maskdit").check(DiTConfig(decoder_depth=1))
+
+
+def test_every_file_is_in_the_table() -> None:
+    files = {p.stem for p in Path(__file__).parents[2].glob("training/masking/*.py")}
+    named = {target.split(":")[0].split(".")[-1] for target in MASKS.values()}
+    assert files - named == {"__init__", "scheme", "kept", "ratio", "tokens"}
+
+
+# --- ratio over a stage
+
+
+def schedule(**settings: object) -> RatioSchedule:
+    given = {"from": 0.75, "to": 0.0, "steps": 800, "levels": 8} | settings
+    return RatioSchedule.model_validate(given)
+
+
+def test_linear_schedule_goes_down_in_equal_jumps_and_stays() -> None:
+    linear = schedule()
+    levels = [linear.at(step) for step in range(0, 800, 100)]
+    assert levels == pytest.approx(np.linspace(0.75, 0, 8))
+    assert (levels[0], levels[-1]) == (0.75, 0.0)
+    assert {linear.at(step) for step in range(300, 400)} == {levels[3]}
+    assert linear.at(800) == linear.at(10_000) == 0.0
+
+
+def test_cosine_schedule_lingers_at_both_ends() -> None:
+    """(1 - cos(pi u)) / 2 of the way at the share u of the steps."""
+    cosine = schedule(shape="cosine")
+    counts = list(ratio_steps(cosine, 800).values())
+    edges = 800 * np.arccos(1 - 2 * np.arange(9) / 8) / np.pi
+    assert counts == pytest.approx(np.diff(edges), abs=1)
+    assert min(counts[0], counts[-1]) > 2 * counts[3]
+
+
+@given(
+    start=st.integers(0, 99),
+    to=st.integers(0, 99),
+    levels=st.integers(2, 64),
+    steps=st.integers(64, 500),
+    more=st.integers(0, 100),
+    shape=st.sampled_from(["linear", "cosine"]),
+)
+def test_steps_by_ratio_are_counted_exactly(
+    start: int, to: int, levels: int, steps: int, more: int, shape: str
+) -> None:
+    assume(start != to)
+    ratios = {"from": start / 100, "to": to / 100}
+    ramp = schedule(**ratios, levels=levels, steps=steps, shape=shape)
+    counted: dict[float, int] = {}
+    for step in range(steps + more):
+        counted[ratio_at(ramp, step)] = counted.get(ratio_at(ramp, step), 0) + 1
+    assert ratio_steps(ramp, steps + more) == counted
+    assert next(iter(counted)) == start / 100
+    assert len(counted) <= levels
+    way = list(counted)
+    assert way == sorted(way, reverse=start > to)
+
+
+def test_a_number_is_a_schedule_of_one_level() -> None:
+    assert ratio_at(0.5, 17) == 0.5
+    assert ratio_steps(0.5, 100) == {0.5: 100}

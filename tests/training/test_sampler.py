@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.denoiser import EDM
-from training.dit import DiTConfig, MicroDiT
-from training.sampler import noise_levels, sample
+from training.dit import MicroDiT
+from training.dit_config import DiTConfig
+from training.objectives.edm import EDM
+from training.sampler import sample
 
 NOISE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.randn(2, 1, 5, 24, generator=torch.Generator().manual_seed(1))
@@ -54,7 +55,7 @@ def model() -> MicroDiT:
 
 
 def test_noise_levels() -> None:
-    levels = noise_levels(EDM(sigma_min=0.002, sigma_max=80.0), steps=30)
+    levels = EDM(sigma_min=0.002, sigma_max=80.0).levels(30)
     i = np.arange(30)
     a, b = 80.0 ** (1 / 7), 0.002 ** (1 / 7)
     expected = np.append((a + i / 29 * (b - a)) ** 7, 0.0)

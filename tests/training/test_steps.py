@@ -1,4 +1,4 @@
-"""The parts of a training step: random numbers, dropped captions, learning rate, average, loss."""
+"""The parts of a training step: random numbers, dropped captions, learning rate, loss."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from training.config import Optimizer, Stage
-from training.denoiser import EDM
-from training.dit import DiTConfig, MicroDiT
-from training.ema import EMA
+from training.config import Stage
+from training.dit import MicroDiT
+from training.dit_config import DiTConfig
+from training.masking.deferred import Deferred
 from training.model import DiffusionModel, Objective, drop_captions
-from training.optim import learning_rate, make_optimizer
+from training.objectives.edm import EDM
+from training.optim import learning_rate
 from training.randomness import Rows, draw, keyed_seed
 
 CPU = torch.device("cpu")
@@ -82,49 +82,6 @@ def test_constant_rate_after_warm_up() -> None:
     assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
-def test_every_parameter_decays() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
-    optimizer = make_optimizer(model.parameters(), Optimizer(weight_decay=0.2), 0.1)
-    assert len(optimizer.param_groups) == 1
-    assert len(optimizer.param_groups[0]["params"]) == 4
-    assert optimizer.param_groups[0]["weight_decay"] == 0.2
-
-
-class FakeState:
-    """As much of Composer's State as the average reads."""
-
-    class timestamp:
-        class batch:
-            value = 0
-
-
-@pytest.mark.parametrize(("start", "expected"), [(0, [0.0, 0.5, 1.25, 2.125]), (2, None)])
-def test_average(start: int, expected: list[float] | None) -> None:
-    """decay 0.5 over the weights 0, 1, 2, 3; before `start` it is the weights themselves."""
-    network = nn.Linear(1, 1, bias=False)
-    network.register_buffer("counter", torch.tensor(7))
-    ema, state = EMA(network, 0.5, start), FakeState()
-    found = []
-    for step in range(4):
-        network.weight.data.fill_(step)
-        state.timestamp.batch.value = step
-        if step == 0:
-            ema.fit_start(state, None)  # pyright: ignore
-        else:
-            ema.batch_end(state, None)  # pyright: ignore
-        found.append(ema.averaged()["weight"].item())
-    assert found == (expected or [0.0, 1.0, 2.0, 2.5])
-    assert ema.averaged().keys() == {"weight"}
-    state.timestamp.batch.value = 0
-
-
-def test_no_average() -> None:
-    network = nn.Linear(1, 1)
-    ema = EMA(network, None, average={"weight": torch.zeros(1, 1)})
-    assert ema.state_dict() == {"average": None}
-    assert torch.equal(ema.averaged()["weight"], network.weight)
-
-
 @pytest.fixture(scope="module")
 def network() -> MicroDiT:
     sizes: dict[str, Any] = {
@@ -155,8 +112,8 @@ def batch_of(size: int) -> dict[str, torch.Tensor]:
 
 def model_of(network: MicroDiT, **changes: object) -> DiffusionModel:
     settings = {
-        "edm": EDM(),
-        "mask": "deferred",
+        "denoiser": EDM(),
+        "mask": Deferred(),
         "mask_ratio": 0.5,
         "caption_drop": 0.5,
         "seed": 0,

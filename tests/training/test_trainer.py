@@ -136,12 +136,14 @@ def test_checkpoint_keeps_the_average_under_its_own_key(trained: tuple[Plan, Wat
     path = StageFolder(trained[0].config.run_folder() / "full")
     state = read(path.checkpoint(7))
     live, model = load_file(path.live), load_file(path.model)
-    assert state.average is not None
+    average = state.averages["0.9"]
+    assert state.averages.keys() == {"0.9"}
+    assert average["updates"] == 17  # of both stages
     parameters = dict(MicroDiT(weights.read_passport(path.model).network()).named_parameters())
-    assert state.average.keys() == parameters.keys()  # and no buffers
+    assert average["values"].keys() == parameters.keys()  # and no buffers
     for name in parameters:
         assert torch.equal(state.model[f"dit.{name}"], live[name])
-        assert torch.equal(state.average[name], model[name])
+        assert torch.equal(average["values"][name], model[name])
     assert not all(torch.equal(live[name], model[name]) for name in parameters)
 
 

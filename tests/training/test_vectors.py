@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training.denoiser import EDM
-from training.dit import DiTConfig, MicroDiT
+from training.dit import MicroDiT
+from training.dit_config import DiTConfig
 from training.layers import position_table
 from training.masking.tokens import TokenMask
+from training.objectives.edm import EDM
 from training.sampler import guided, sample
 
 VECTORS = load_file(Path(__file__).parents[1] / "vectors" / "microdit_small.safetensors")
@@ -72,7 +73,7 @@ def test_loss_and_gradients(model: MicroDiT, kind: str) -> None:
 
 
 def test_noise_levels_in_training() -> None:
-    assert_close(EDM(p_mean=-0.6, p_std=1.2).sigma(VECTORS["rnd_normal"]), "sigma")
+    assert_close(EDM(p_mean=-0.6, p_std=1.2).level(VECTORS["rnd_normal"]), "sigma")
 
 
 @pytest.mark.parametrize("guidance", [1, 3])

@@ -1,12 +1,15 @@
-"""WHICH patches the backbone sees. One file a scheme, one line a scheme in this table.
+"""WHICH patches the network sees, and where. One file a scheme, one line a scheme in this table.
 
-A scheme is a function ``draw(noise, ratio) -> TokenMask | None``: ``noise`` is uniform on
-[0, 1), float (B, T), and comes from the caller, because randomness in this project is a
-function of (seed, sample key); ``ratio`` is the share of tokens to drop; None means that the
-backbone sees everything. Resolve a name with ``pkgutil.resolve_name``.
+A scheme is a frozen dataclass, see `training.masking.scheme.Scheme`; its fields are settings of a
+stage, of the same names. No scheme imports torch before it draws a mask, so that settings can be
+checked without it.
 """
 
 MASKS: dict[str, str] = {
-    "deferred": "training.masking.deferred:draw",
-    "none": "training.masking.tokens:keep_all",
+    "deferred": "training.masking.deferred:Deferred",
+    "naive": "training.masking.naive:Naive",
+    "maskdit": "training.masking.maskdit:MaskDiT",
+    "block": "training.masking.block:Block",
+    "tread": "training.masking.tread:Tread",
+    "none": "training.masking.none:Unmasked",
 }

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.denoiser import EDM
-from training.masking.deferred import draw
+from training.masking.deferred import Deferred
+from training.objectives.edm import EDM
 
 GENERATOR = torch.Generator().manual_seed(0)
 LATENTS = torch.randn(3, 4, 8, 8, generator=GENERATOR)
@@ -79,7 +79,9 @@ def test_loss_is_the_weighted_error_of_each_sample() -> None:
 @pytest.mark.parametrize("patch", [1, 2, 4])
 def test_masked_loss_counts_kept_patches_only(patch: int) -> None:
     edm, grid = EDM(), 8 // patch
-    mask = draw(torch.rand(3, grid * grid, generator=torch.Generator().manual_seed(4)), 0.5)
+    mask = Deferred().draw(
+        torch.rand(3, grid * grid, generator=torch.Generator().manual_seed(4)), 0.5
+    )
     assert mask is not None
     dropped = mask.mask.view(3, 1, grid, 1, grid, 1).expand(3, 4, grid, patch, grid, patch)
     dropped = dropped.reshape(3, 4, 8, 8).bool()
@@ -100,7 +102,7 @@ def test_masked_loss_counts_kept_patches_only(patch: int) -> None:
 
 
 def test_conditions_reach_the_network() -> None:
-    mask = draw(torch.rand(3, 16, generator=torch.Generator().manual_seed(4)), 0.5)
+    mask = Deferred().draw(torch.rand(3, 16, generator=torch.Generator().manual_seed(4)), 0.5)
     y_mask = torch.ones(3, 5, dtype=torch.bool)
     network = Recorder(torch.zeros_like(LATENTS))
     EDM().loss(network, LATENTS, SIGMA, EPS, Y, y_mask, mask)
@@ -121,7 +123,7 @@ def test_precision(stored: torch.dtype, computed: torch.dtype) -> None:
 def test_training_noise_levels_are_log_normal() -> None:
     normal = torch.tensor([-1.0, 0.0, 2.0])
     expected = [math.exp(-0.6), 1.0, math.exp(1.2)]
-    assert EDM(p_mean=0.0, p_std=0.6).sigma(normal).tolist() == pytest.approx(expected)
+    assert EDM(p_mean=0.0, p_std=0.6).level(normal).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -4,28 +4,30 @@ Wraps a raw network F into a denoiser D(x; sigma) whose inputs, outputs and targ
 variance at every noise level. Nothing here knows which network it wraps.
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from training.masking.tokens import TokenMask
+from training.masking.tokens import ExtraLoss, TokenMask
+from training.objectives.denoiser import Network, mean_over_kept, precision
 
-Network = Callable[..., Tensor]
-"""F(x (B, C, S, S), c_noise (B,) or (1,), y=..., ...) -> (B, C, S, S)."""
+RHO = 7.0
+"""Bends a sampler's noise levels towards sigma_min (EDM, Table 1)."""
 
 
 @dataclass(frozen=True)
 class EDM:
     """Noise levels and preconditioning; the defaults are MicroDiT's at 256 px.
 
+    A `Denoiser` whose level is sigma: a noisy latent is x + sigma eps.
+
     Raises:
         ValueError: a scale that is not positive, or sigma_min above sigma_max.
     """
+
+    name: ClassVar[str] = "edm"
 
     sigma_data: float = 0.9
     """Standard deviation of the latents (EDM's own default, for pixels, is 0.5)."""
@@ -43,23 +45,30 @@ class EDM:
         if not self.sigma_min < self.sigma_max:
             raise ValueError(f"sigma_max {self.sigma_max}: must exceed sigma_min {self.sigma_min}")
 
-    def sigma(self, normal: Tensor) -> Tensor:
+    def level(self, normal: Tensor) -> Tensor:
         """Unit normal numbers -> training noise levels, ln(sigma) ~ N(p_mean, p_std^2)."""
         return (self.p_std * normal + self.p_mean).exp()
 
-    def denoise(self, network: Network, x: Tensor, sigma: Tensor, **conditions: Any) -> Tensor:
+    def levels(self, steps: int, device: torch.device | None = None) -> Tensor:
+        """sigma_max, ..., sigma_min, 0 (EDM equation 5): float64 (steps + 1,)."""
+        ramp = torch.arange(steps, dtype=torch.float64, device=device) / max(steps - 1, 1)
+        low, high = self.sigma_min ** (1 / RHO), self.sigma_max ** (1 / RHO)
+        levels = (high + ramp * (low - high)) ** RHO
+        return torch.cat((levels, levels.new_zeros(1)))
+
+    def denoise(self, network: Network, x: Tensor, level: Tensor, **conditions: Any) -> Tensor:
         """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), EDM equation 7.
 
         Args:
             network: F; ``conditions`` (y, y_mask, mask) are handed to it.
             x: noisy latents (B, C, S, S), computed in float32, or float64 if they are.
-            sigma: noise level of each sample, B values or one, in any shape.
+            level: sigma of each sample, B values or one, in any shape.
 
         Returns:
             Clean latents (B, C, S, S) in the precision of the computation.
         """
-        dtype = _precision(x)
-        x, sigma = x.to(dtype), sigma.to(dtype).reshape(-1, 1, 1, 1)
+        dtype = precision(x)
+        x, sigma = x.to(dtype), level.to(dtype).reshape(-1, 1, 1, 1)
         variance = sigma**2 + self.sigma_data**2
         c_skip = self.sigma_data**2 / variance
         c_out = sigma * self.sigma_data / variance.sqrt()
@@ -72,42 +81,22 @@ class EDM:
         self,
         network: Network,
         latents: Tensor,
-        sigma: Tensor,
+        level: Tensor,
         eps: Tensor,
         y: Tensor,
         y_mask: Tensor | None = None,
         mask: TokenMask | None = None,
+        extra: ExtraLoss | None = None,
     ) -> Tensor:
         """Weighted denoising error of each sample, EDM equation 8 with lambda = 1 / c_out^2.
 
-        With a mask only the kept patches count, and their mean is over themselves, so that
-        masked and unmasked losses have the same scale.
-
-        Args:
-            latents: clean latents (B, C, S, S).
-            sigma: noise level of each sample, B values in any shape.
-            eps: unit normal noise (B, C, S, S).
-            y: captions as the network takes them.
-            y_mask: which caption rows are real, bool (B, L), or None for all.
-            mask: which patches the network's backbone sees, or None for all.
-
-        Returns:
-            float (B,); its mean is the training loss.
+        Arguments as for `Denoiser.loss`; with a mask only the kept patches count.
         """
-        dtype = _precision(latents)
+        dtype = precision(latents)
         latents, eps, y = latents.to(dtype), eps.to(dtype), y.to(dtype)
-        sigma = sigma.to(dtype).reshape(-1, 1, 1, 1)
+        sigma = level.to(dtype).reshape(-1, 1, 1, 1)
         noisy = latents + sigma * eps
         denoised = self.denoise(network, noisy, sigma, y=y, y_mask=y_mask, mask=mask)
         weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
-        error = weight * (denoised - latents) ** 2
-        if mask is None:
-            return error.mean(dim=(1, 2, 3))
-        patch = latents.shape[-1] // math.isqrt(mask.mask.shape[1])
-        error = F.avg_pool2d(error.mean(dim=1), patch).flatten(1)  # (B, T)
-        kept = 1 - mask.mask.to(dtype)
-        return (error * kept).sum(dim=1) / kept.sum(dim=1)
-
-
-def _precision(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+        loss = mean_over_kept(weight * (denoised - latents) ** 2, mask)
+        return loss if extra is None or mask is None else loss + extra(noisy, denoised, mask)

@@ -1,0 +1,90 @@
+"""What a masking scheme says: how many tokens are kept, which, and where the others leave."""
+
+from __future__ import annotations
+
+import dataclasses
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core.errors import nearest
+from training.masking import MASKS
+from training.masking.kept import kept_tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from training.dit_config import DiTConfig
+    from training.masking.tokens import ExtraLoss, Skips, TokenMask
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A masking scheme with its settings: what differs from deferred masking of single tokens.
+
+    A field of a scheme is a stage's setting, and has an "example" in its metadata.
+    """
+
+    @property
+    def skips(self) -> Skips:
+        """Where the tokens that are not kept leave the network, and whether they rejoin."""
+        return "backbone"
+
+    def check(self, config: DiTConfig) -> None:
+        """That this network can be trained with the scheme.
+
+        Raises:
+            ValueError: what the network lacks.
+        """
+        return
+
+    def extra_loss(self) -> ExtraLoss | None:
+        """A further term of each sample's loss, where tokens are dropped."""
+        return None
+
+    def kept(self, tokens: int, ratio: float) -> int:
+        """How many of an image's ``tokens`` are kept, the same number in every sample.
+
+        Raises:
+            ValueError: ``ratio`` outside [0, 1), or nothing is kept.
+        """
+        return kept_tokens(tokens, ratio)
+
+    def draw(self, noise: Tensor, ratio: float) -> TokenMask | None:
+        """Which tokens of each sample are kept: those with the smallest noise.
+
+        Args:
+            noise: uniform on [0, 1), float (B, T). It comes from the caller, because randomness in
+                this project is a function of (seed, step) or (seed, sample).
+            ratio: share of tokens that are not kept, in [0, 1).
+
+        Returns:
+            The mask, or None where all are kept.
+
+        Raises:
+            ValueError: as `kept`.
+        """
+        from training.masking.tokens import keep_smallest
+
+        return keep_smallest(noise, self.kept(noise.shape[1], ratio), self.skips)
+
+
+def make_scheme(name: str, settings: Mapping[str, Any] | None = None) -> Scheme:
+    """The scheme of that name with its settings; those that are None count as not given.
+
+    Raises:
+        ValueError: no such scheme, a setting that it needs or does not read, or a wrong value.
+    """
+    if name not in MASKS:
+        raise ValueError(f"mask {name}: unknown{nearest(name, MASKS)}; known: {', '.join(MASKS)}")
+    kind = pkgutil.resolve_name(MASKS[name])
+    given = {key: value for key, value in (settings or {}).items() if value is not None}
+    wanted = {field.name: field.metadata["example"] for field in dataclasses.fields(kind)}
+    for key, value in given.items():
+        if key not in wanted:
+            raise ValueError(f"{key} {value} with mask {name}, which has no use for it: remove it")
+    for key, example in wanted.items():
+        if key not in given:
+            raise ValueError(f"mask {name} without {key}: give one, e.g. {key}: {example}")
+    return kind(**given)

@@ -1,0 +1,43 @@
+"""Token routing (TREAD, arXiv 2501.04765): tokens take a shortcut past blocks; none is dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from training.masking.scheme import Scheme
+
+if TYPE_CHECKING:
+    from training.dit_config import DiTConfig
+    from training.masking.tokens import Skips
+
+
+@dataclass(frozen=True)
+class Tread(Scheme):
+    """A random share of tokens bypasses a run of backbone blocks and rejoins in its places.
+
+    Every patch has an output and counts in the loss. Adds no parameters.
+    """
+
+    tread_blocks: tuple[int, int] = field(metadata={"example": "[2, 23]"})
+    """First and last backbone block that routed tokens bypass, counted from 0. The paper leaves the
+    first two and the last four of its 28 blocks to all tokens: (2, 23)."""
+
+    def __post_init__(self) -> None:
+        first, last = self.tread_blocks
+        if not 0 <= first <= last:
+            raise ValueError(
+                f"tread_blocks [{first}, {last}]: give the first and the last bypassed block, "
+                "counted from 0"
+            )
+
+    @property
+    def skips(self) -> Skips:
+        return self.tread_blocks
+
+    def check(self, config: DiTConfig) -> None:
+        first, last = self.tread_blocks
+        if last >= config.depth:
+            raise ValueError(
+                f"tread_blocks [{first}, {last}]: the backbone's last block is {config.depth - 1}"
+            )
