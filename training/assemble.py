@@ -16,11 +16,12 @@ import torch
 from composer import Callback, DataSpec, Trainer
 from composer.utils import dist, get_device
 
-from pipeline.core.errors import SettingError
-from training import curve, folder, journal, observers, weights
-from training.checkpoints import CheckpointState, allow_only_data, read
+from pipeline.core.errors import SettingError, StorageError
+from training import curve, folder, initial, journal, observers, weights
+from training.checkpoints import CheckpointState, allow_only_data, read, require_same
 from training.config import Power
 from training.dit import MicroDiT
+from training.dit_config import DiTConfig
 from training.ema import EMA
 from training.folder import StageFolder
 from training.guard import RollBack
@@ -28,12 +29,16 @@ from training.leftovers import of_first_rank
 from training.loader import global_rows, make_dataset, make_loader
 from training.loggers import make_loggers
 from training.meter import Bill
+from training.mirror import Mirror, fetch
 from training.model import DiffusionModel, Objective
 from training.objectives import OBJECTIVES
 from training.observers import say
 from training.optim import make_optimizer
 from training.preflight import Plan, network_config, world_size
 from training.randomness import keyed_seed, stage_key
+from training.stopping import StopAtSignal
+
+DIST_S, FETCH_S = 300.0, 7200.0  # that ranks wait for each other
 
 
 def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
@@ -45,19 +50,31 @@ def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
     Raises:
         SettingError: a checkpoint cannot be read or written, a picture has no caption, or the loss
             is no number even after roll-backs.
+        StorageError: finished weights cannot be written, or `checkpoint.remote` cannot be read or
+            does not have every file at the end.
+        Terminated: SIGTERM came; a checkpoint is saved.
     """
     allow_only_data()
+    checkpoint, before = plan.config.checkpoint, None
     if world_size() > 1:
-        dist.initialize_dist(get_device(None))
+        # Long, where the others wait for the first to fetch what may be gigabytes.
+        dist.initialize_dist(get_device(None), FETCH_S if checkpoint.remote else DIST_S)
+    first = dist.get_global_rank() == 0
+    if first:
+        fetch(plan)
+    dist.barrier()
     bill = Bill(world_size())
-    left, before = folder.unfinished(plan), None
-    for name, stage in plan.config.stages.items():
-        path = folder.stage_folder(plan, name)
-        if name in left:
-            _run_stage(plan, name, path, before, bill, callbacks)
-        else:
-            say(f"stage {name}: finished before, not run again")
-        before = path.checkpoint(stage.steps)
+    left = folder.unfinished(plan)
+    url = checkpoint.remote if first else ""
+    with Mirror(plan.config.run_folder(), url, checkpoint.keep) as mirror:
+        for name, stage in plan.config.stages.items():
+            path = folder.stage_folder(plan, name)
+            if name in left:
+                _run_stage(plan, name, path, before, bill, callbacks, mirror)
+            else:
+                say(f"stage {name}: finished before, not run again")
+                mirror.catch_up(path)
+            before = path.checkpoint(stage.steps)
 
 
 def _run_stage(
@@ -67,12 +84,15 @@ def _run_stage(
     before: Path | None,
     bill: Bill,
     callbacks: Sequence[Callback],
+    mirror: Mirror,
 ) -> None:
     """One stage, from its last checkpoint again whenever the guard says so."""
-    if dist.get_global_rank() == 0:
-        folder.begin(plan, name)
     bill.at_least(of_first_rank(journal.last(path.metrics, "train/device_hours") or 0.0) * 3600)
-    while (back := _attempt(plan, name, path, before, bill, callbacks)) is not None:
+    stop = StopAtSignal(name)  # one for all attempts: a signal must not be lost between two
+    while True:
+        back = _attempt(plan, name, path, before, bill, callbacks, mirror, stop)
+        if back is None:
+            return
         _roll_back(plan, name, path, back)
         gc.collect()  # the network and optimizer of the attempt are in cycles
 
@@ -84,6 +104,8 @@ def _attempt(
     before: Path | None,
     bill: Bill,
     callbacks: Sequence[Callback],
+    mirror: Mirror,
+    stop: StopAtSignal,
 ) -> RollBack | None:
     """Trains to the stage's end with its own loader, schedule and Trainer: from its own latest
     checkpoint, or from the stage before, or from nothing. Or until the guard wants to roll back."""
@@ -96,10 +118,16 @@ def _attempt(
     if start is not None:
         bill.at_least(start.device_seconds)
     model = DiffusionModel(_network(plan, name, start, resume), _objective(plan, name, rollbacks))
+    if dist.get_global_rank() == 0:
+        folder.begin(plan, name)  # now that the weights are known to fit
+        mirror.put_records(path)
+        mirror.catch_up(path)
     averages = start.averages if start else None
     ema = EMA(model.dit, stage.averages(), stage.ema_start, averages)
-    own = observers.callbacks(plan, name, path, model, ema, rollbacks, bill)
-    trainer = _trainer(plan, name, path, model, [*own, *callbacks], resume, rollbacks)
+    own = observers.callbacks(
+        plan, name, path, model, ema, rollbacks, bill, stop, mirror.put_checkpoint
+    )
+    trainer = _trainer(plan, name, path, model, [*own, *callbacks, stop], resume, rollbacks)
     if start is not None and stage.keep_moments:
         start.restore_moments(trainer.state)
     done = trainer.state.timestamp.batch.value
@@ -109,7 +137,14 @@ def _attempt(
             trainer.fit()
         if dist.get_global_rank() == 0:
             curve.draw(journal.read(path.metrics), f"{config.name}, stage {name}", path.curve)
-            _export(plan, name, path, model, ema)
+            try:
+                _export(plan, name, path, model, ema)
+            except OSError as error:
+                raise StorageError(
+                    f"cannot write the weights of stage {name} to {path.path}: {error}; its last "
+                    "checkpoint is there, and the same command goes on from it"
+                ) from error
+            mirror.put_weights(path)
             say(f"stage {name}: finished, weights in {config.run_folder() / folder.MODEL}")
         return None
     except RollBack as back:
@@ -164,6 +199,8 @@ def _network(plan: Plan, name: str, start: CheckpointState | None, resume: Path 
     with torch.device("meta"):
         network = MicroDiT(config)
     network.to_empty(device="cpu")
+    if start is None and resume is None and plan.config.init_from:
+        return _initial_network(plan, config)
     if start is None and resume is None:
         seed = keyed_seed(plan.config.seed, "weights")
         network.initialise(torch.Generator().manual_seed(seed))
@@ -175,6 +212,15 @@ def _network(plan: Plan, name: str, start: CheckpointState | None, resume: Path 
     if start is not None:
         start.restore_weights(network)
     return network
+
+
+def _initial_network(plan: Plan, config: DiTConfig) -> MicroDiT:
+    """The weights of `init_from`, with the positions of this run's resolution."""
+    path = initial.path(plan.config)
+    network, _ = weights.load(path)
+    require_same(f"init_from={path}", config, network.config)
+    network.set_resolution(config.input_size, config.pos_interp_scale)
+    return network.train().requires_grad_(True)
 
 
 def _trainer(

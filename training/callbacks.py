@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from composer import Callback, Logger, State
@@ -12,10 +13,11 @@ from composer.utils.checkpoint import save_checkpoint
 from pipeline.core.errors import SettingError
 from training.config import Stage
 from training.folder import StageFolder
-from training.guard import Guard
+from training.guard import Guard, RollBack
 from training.meter import Meter
 from training.model import DiffusionModel
 from training.optim import learning_rate
+from training.stopping import StopAtSignal
 
 
 class StepFunctions(Callback):
@@ -39,16 +41,30 @@ class SaveCheckpoints(Callback):
     None after a bad step, except at the end: the guard goes back to before the trouble.
     Composer's saver writes to the final name in place; a start after a kill in the middle of that
     stops at the file it finds.
+
+    Args:
+        keep: how many stay.
+        stop: says whether the run ends after this step.
+        copy: called with each checkpoint that is whole, on the first rank.
     """
 
     def __init__(
-        self, folder: StageFolder, stage: Stage, keep: int, guard: Guard, meter: Meter
+        self,
+        folder: StageFolder,
+        stage: Stage,
+        keep: int,
+        guard: Guard,
+        meter: Meter,
+        stop: StopAtSignal,
+        copy: Callable[[Path], None],
     ) -> None:
         self._folder = folder
         self._guard = guard
         self._meter = meter
         self._stage = stage
         self._keep = keep
+        self._stop = stop
+        self._copy = copy
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
@@ -57,10 +73,16 @@ class SaveCheckpoints(Callback):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value
         due = step % self._stage.save_every == 0 and not self._guard.in_a_row
-        if due or step == self._stage.steps:
-            with self._meter.aside():
+        if not due and step != self._stage.steps and not self._stop.now:
+            return
+        with self._meter.aside():
+            try:
                 self._guard.require_finite(state)
-                self._save(state, step)
+            except RollBack:
+                if self._stop.now:
+                    return  # the next start goes on from before the trouble
+                raise
+            self._save(state, step)
 
     def _save(self, state: State, step: int) -> None:
         path = self._folder.checkpoint(step)
@@ -80,6 +102,7 @@ class SaveCheckpoints(Callback):
         if dist.get_global_rank() == 0:
             for old in self._folder.checkpoints()[: -self._keep]:
                 old.unlink()
+            self._copy(path)
 
 
 def _publish(part: Path, path: Path) -> None:

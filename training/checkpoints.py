@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -17,8 +17,11 @@ from torch.torch_version import TorchVersion
 
 from pipeline.core.errors import SettingError
 from training.dit import MicroDiT
+from training.dit_config import DiTConfig
+from training.safe_load import load
 
 PREFIX = "dit."  # of the network in the ComposerModel, as in the released project's checkpoints
+RESOLUTION = ("input_size", "pos_interp_scale")  # of DiTConfig; no weights depend on them
 
 
 def allow_only_data() -> None:
@@ -103,6 +106,21 @@ class CheckpointState:
             group.update(settings)
 
 
+def require_same(where: str, config: DiTConfig, found: DiTConfig) -> None:
+    """That weights are of a run's network, whatever their resolution.
+
+    Raises:
+        SettingError: names the first setting in which the architectures differ.
+    """
+    for field in dataclasses.fields(config):
+        own, theirs = getattr(config, field.name), getattr(found, field.name)
+        if field.name not in RESOLUTION and own != theirs:
+            raise SettingError(
+                f"{where}: weights of another architecture ({field.name}: {theirs}, this run's "
+                f"{own}); set model to theirs, or choose other weights"
+            )
+
+
 def read(path: Path) -> CheckpointState:
     """A checkpoint's weights, averages and optimizer state, on the CPU.
 
@@ -110,7 +128,7 @@ def read(path: Path) -> CheckpointState:
         SettingError: not there, truncated, or holding more than data.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"]
+        state = load(path)["state"]
         averages = state["callbacks"]["EMA"]["averages"]
         _ = state["timestamp"], state["dataset_state"]  # Composer would do without
         callbacks = state["callbacks"]
@@ -127,6 +145,5 @@ def read(path: Path) -> CheckpointState:
             f"{path}: the last checkpoint of a finished stage is missing, so the next stage cannot "
             "begin; remove the finished stage's folder to run it again"
         ) from error
-    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise SettingError(f"{path}: not a readable checkpoint ({text})") from error
+    except (KeyError, TypeError) as error:
+        raise SettingError(f"{path}: no checkpoint of this trainer ({error})") from error

@@ -250,6 +250,7 @@ class Logging(Section):
 
 class Checkpoint(Section):
     keep: Count = 1  # of each unfinished stage; a finished one keeps its last
+    remote: str = ""  # folder or s3://, gs:// URL for copies; a start with less goes on from there
 
 
 class Evaluate(Section):
@@ -295,6 +296,7 @@ class Config(Section):
     name: Annotated[str, Field(pattern=STAGE_NAME)]
     folder: str = ""  # default runs/<name>
     seed: Annotated[int, Field(ge=0)] = 18
+    init_from: str = ""  # run folder or weights file to start from; default: random weights
     precision: Literal["auto", "fp32", "amp_bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
     # released: as the published code trains, which applies neither its averages of the weights nor
     # its experts' learning rate; `resolve` sets ema and optimizer.expert_lr to what that means.

@@ -26,9 +26,11 @@ from typing import Any
 
 from pipeline.core.errors import SettingError
 from pipeline.core.store import Store
+from training import initial
 from training.preflight import Plan
 
 MODEL = "model.safetensors"
+SETTINGS = "settings.json"
 ROLLBACKS = "rollbacks.json"
 
 
@@ -51,7 +53,7 @@ class StageFolder:
 
     @property
     def settings(self) -> Path:
-        return self.path / "settings.json"
+        return self.path / SETTINGS
 
     @property
     def metrics(self) -> Path:
@@ -129,7 +131,7 @@ def begin(plan: Plan, name: str) -> None:
     """Records what a stage is begun with."""
     store = Store(plan.config.run_folder())
     store.write_json("config.json", plan.config.model_dump(mode="json"))
-    store.write_json(f"{name}/settings.json", decisive_settings(plan, name))
+    store.write_json(f"{name}/{SETTINGS}", decisive_settings(plan, name))
 
 
 def decisive_settings(plan: Plan, name: str) -> dict[str, Any]:
@@ -139,7 +141,9 @@ def decisive_settings(plan: Plan, name: str) -> dict[str, Any]:
     # Through JSON, so that it compares with what was written.
     data = config.data.model_dump(mode="json", exclude={"root", "workers", "cache", "sources"})
     own = stage.model_dump(mode="json", exclude={"save_every", "microbatch", "sources"})
-    return {
+    first = name == next(iter(config.stages))
+    start = {"init_from": initial.content_hash(config)} if config.init_from and first else {}
+    return start | {
         "seed": config.seed,
         "data": data | {"sources": config.sources_of(stage)},
         "vae": source.latents.vae.model_dump(mode="json"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import signal
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -167,7 +168,14 @@ def make_loader(dataset: LatentText, workers: int, trimmed: bool) -> StreamingDa
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         drop_last=True,
+        worker_init_fn=_ignore_sigterm,
     )
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """Slurm sends it to all processes of a job. The trainer ends its step, for which it needs its
+    loaders, and then them."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def collate(

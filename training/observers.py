@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 from composer import Callback
 from composer.utils import dist, get_device
@@ -23,6 +25,7 @@ from training.optim import learning_rate
 from training.preflight import Plan, world_size
 from training.progress import Progress
 from training.samples import SampleSheets
+from training.stopping import StopAtSignal
 from training.subject import Subject
 from training.text import Caption
 from training.weights import attributions
@@ -42,8 +45,14 @@ def callbacks(
     ema: EMA,
     rollbacks: int,
     bill: Bill,
+    stop: StopAtSignal,
+    copy: Callable[[Path], None],
 ) -> list[Callback]:
     """The callbacks of one stage, in the order in which they rely on each other.
+
+    Args:
+        stop: says whether the run ends after a step.
+        copy: called with each checkpoint that is whole.
 
     Raises:
         SettingError: a held-out picture has no caption.
@@ -87,7 +96,7 @@ def callbacks(
         Progress(name, stage.steps, config.logging.every, meter, guard, bill, price),
         *_evaluation(plan, name, subject),
         *_samples(plan, name, subject, path),
-        SaveCheckpoints(path, stage, config.checkpoint.keep, guard, meter),
+        SaveCheckpoints(path, stage, config.checkpoint.keep, guard, meter, stop, copy),
     ]
 
 

@@ -28,6 +28,7 @@ from pipeline.core.manifest import (
 from pipeline.core.mds import stored
 from pipeline.core.store import Store
 from pipeline.encoders import text_facts, vae_facts
+from training import initial
 from training.config import Config, Stage
 from training.dit_config import MODELS, DiTConfig
 from training.masking.ratio import ratio_steps
@@ -119,6 +120,7 @@ def check(config: Config, need_data: bool = True) -> Plan:
         MissingData: a group or shard file is not there; the message says what makes it.
         SettingError: settings that do not fit each other, or shards made with other settings.
     """
+    config = initial.complete(config)
     plan = Plan(config, vae_facts(config.data.vae), text_facts(config.data.text_encoder), {})
     for name, stage in config.stages.items():
         _check_sizes(plan, name, stage)
@@ -130,7 +132,9 @@ def check(config: Config, need_data: bool = True) -> Plan:
         data = {}
     for name, sources in data.items():
         _check_enough(config, name, sources)
-    return Plan(config, plan.vae, plan.text, data)
+    plan = Plan(config, plan.vae, plan.text, data)
+    initial.check(plan)
+    return plan
 
 
 def encode_command(config: Config, source: str, resolution: int) -> str:

@@ -23,7 +23,8 @@ from training.threads import share_cores
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0, or 2 after a line on standard error that says what to change."""
+    """Exit code: 0; 2 after a line on standard error that says what to change; 1 where a disk or
+    store fails; 130 after Ctrl-C; 143 after SIGTERM, with a checkpoint saved."""
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2
@@ -38,11 +39,20 @@ def main(arguments: list[str]) -> int:
                 print(report(plan))
             return 0
         folder.check(plan)
-        if folder.unfinished(plan):
+        if folder.unfinished(plan) or config.checkpoint.remote:
             _quiet_imports()
             from training.assemble import run
+            from training.stopping import EXIT_CODE, Terminated
 
-            run(plan)
+            try:
+                run(plan)
+            except Terminated as place:
+                if _first_rank():
+                    print(
+                        f"train: SIGTERM: saved at {place}; the same command goes on from there",
+                        file=sys.stderr,
+                    )
+                return EXIT_CODE
         if _first_rank():
             where = config.run_folder()
             print(f"{where} is finished; see python -m training.generate --checkpoint {where}")

@@ -7,7 +7,6 @@ metadata key "microdit".
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pkgutil
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,11 +22,11 @@ from pipeline.core.errors import SettingError
 from pipeline.core.manifest import LatentsManifest, TextFacts, TextManifest, VaeFacts
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
+from training.header import METADATA_KEY, SCHEMA, file_hash, find, read_record
 from training.objectives import OBJECTIVES
 from training.objectives.denoiser import Denoiser
 
-METADATA_KEY = "microdit"
-SCHEMA = 2
+__all__ = ["METADATA_KEY", "file_hash", "find"]  # of training.header, which needs no torch
 
 #: Source -> what has to be said wherever pictures of its kind, or weights trained on it, appear.
 ATTRIBUTIONS = {
@@ -88,15 +87,38 @@ def save(path: Path, network: MicroDiT, averaged: dict[str, Tensor], passport: P
     Args:
         averaged: replaces the network's own parameters of these names.
     """
-    state = {**network.state_dict(), **averaged}  # detached
-    tensors = {name: value.cpu().contiguous() for name, value in state.items()}
+    write(path, {**network.state_dict(), **averaged}, passport)  # detached
+
+
+def write(path: Path, tensors: dict[str, Tensor], passport: Passport) -> None:
+    """Tensors as they are, of whatever type; the file appears whole under its name, or not at all.
+
+    Raises:
+        OSError: no room, or no right to write there.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
-        save_file(tensors, part, {METADATA_KEY: passport.model_dump_json()})
+        _save_file(
+            {name: value.cpu().contiguous() for name, value in tensors.items()},
+            part,
+            {METADATA_KEY: passport.model_dump_json()},
+        )
         part.chmod(0o644)  # safetensors gives the owner alone access
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(" ".join(str(error).split())) from error
+
+
+def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a weights file, in the types in which they are stored."""
+    return load_file(path, device)
 
 
 def read_passport(path: Path) -> Passport:
@@ -105,21 +127,7 @@ def read_passport(path: Path) -> Passport:
     Raises:
         SettingError: no such file, no safetensors, or no passport of this version in it.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except OSError as error:
-        raise SettingError(f"{path}: no such file") from error
-    except SafetensorError as error:
-        raise SettingError(f"{path}: no safetensors file, or a truncated one ({error})") from error
-    if METADATA_KEY not in metadata:
-        raise SettingError(f"{path}: no passport in it; was it written by training/train.py?")
-    record = json.loads(metadata[METADATA_KEY])
-    if record.get("schema_version", 0) > SCHEMA:
-        raise SettingError(
-            f"{path}: passport of schema {record['schema_version']}, this version reads up to "
-            f"{SCHEMA}; upgrade the package"
-        )
+    record = read_record(path)
     try:
         return Passport.model_validate(record)
     except ValidationError as error:
@@ -135,7 +143,8 @@ def load(path: Path, device: str = "cpu") -> tuple[MicroDiT, Passport]:
         SettingError: as `read_passport`, or tensors that do not fit the passport's network.
     """
     passport = read_passport(path)
-    tensors = load_file(path, device)
+    # A released file may hold bfloat16; the network computes in float32, or as autocast says.
+    tensors = {name: value.float() for name, value in read_tensors(path, device).items()}
     with torch.device("meta"):
         network = MicroDiT(passport.network())
     try:
@@ -148,22 +157,6 @@ def load(path: Path, device: str = "cpu") -> tuple[MicroDiT, Passport]:
 def attributions(sources: list[str]) -> list[str]:
     """What has to be said of weights trained on these sources."""
     return [ATTRIBUTIONS[source] for source in sources if source in ATTRIBUTIONS]
-
-
-def find(checkpoint: str) -> Path:
-    """The weights file of a run's folder, or the file itself.
-
-    Raises:
-        SettingError: nothing there.
-    """
-    path = Path(checkpoint)
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if not path.is_file():
-        raise SettingError(
-            f"checkpoint {checkpoint}: no file {path}; a run writes it at the end of each stage"
-        )
-    return path
 
 
 def facts(network: MicroDiT, denoiser: Denoiser) -> dict[str, Any]:

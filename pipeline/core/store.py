@@ -15,7 +15,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from pipeline.core import process, remote
 from pipeline.core.errors import StorageError
@@ -155,19 +155,29 @@ class Store:
             if self._fs is not None:
                 self._fs.pipe_file(self.url(path), data)
                 return
-            target = Path(self.url(path))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(temporary_name(target.name))
-            try:
-                with open(temporary, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, target)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            _sync_folder(target.parent)
+            with _appearing(Path(self.url(path))) as file:
+                file.write(data)
+
+    def upload(self, source: Path, path: str) -> None:
+        """A copy of a local file of any size appears whole, under its final name, or not at all."""
+        with self._explained(path, "write", source.stat().st_size if source.exists() else 0):
+            if self._fs is not None:
+                self._fs.put_file(str(source), self.url(path))
+                return
+            with open(source, "rb") as data, _appearing(Path(self.url(path))) as file:
+                shutil.copyfileobj(data, file, _BLOCK)
+
+    def download(self, path: str, target: Path) -> None:
+        """A file of any size appears whole under a local name, or not at all."""
+        with self._explained(path, "read"), _appearing(target) as file:
+            if self._fs is None:
+                with open(self.url(path), "rb") as data:
+                    shutil.copyfileobj(data, file, _BLOCK)
+                return
+            self._fs.get_file(self.url(path), file.name)
+            expected, found = self._fs.size(self.url(path)), os.path.getsize(file.name)
+            if expected != found:
+                raise OSError(f"{found} of {expected} bytes came")
 
     def delete(self, path: str) -> None:
         """Deletes a file; nothing happens where there is none."""
@@ -278,12 +288,30 @@ class Store:
         )
 
 
+_BLOCK = 1 << 22  # bytes copied at once
 _REQUESTS = 256  # files that read_many asks for at once, and holds in memory
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 
 
 def temporary_name(name: str) -> str:
     return f".{name}{TEMPORARY}{process.identity()}-{uuid.uuid4().hex[:8]}"
+
+
+@contextlib.contextmanager
+def _appearing(target: Path) -> Iterator[IO[bytes]]:
+    """A file in the making, which gets its name when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(temporary_name(target.name))
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
 
 
 def canonical_json(value: Any, indent: int | None = None) -> bytes:

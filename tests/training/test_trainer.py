@@ -230,7 +230,7 @@ class Evil:
         return (Path.write_text, (self.path, "code ran"))
 
 
-@pytest.mark.parametrize("kind", ["truncated", "evil", "other"])
+@pytest.mark.parametrize("kind", ["truncated", "evil", "hidden", "other"])
 def test_unusable_checkpoints(
     data: dict[str, Any], trained: tuple[Plan, Watch], tmp_path: Path, kind: str
 ) -> None:
@@ -242,6 +242,10 @@ def test_unusable_checkpoints(
         bad.write_bytes(good.read_bytes()[:50_000])
     elif kind == "evil":
         torch.save({"state": {"model": Evil(sign)}}, bad)
+    elif kind == "hidden":  # beside all that a whole checkpoint has
+        state = torch.load(good, weights_only=True)
+        state["state"]["callbacks"]["Evil"] = Evil(sign)
+        torch.save(state, bad)
     else:
         torch.save({"state": {"something": 1}}, bad)
     for stage, step in (("full", 4), ("masked", 10)):
@@ -253,6 +257,7 @@ def test_unusable_checkpoints(
         with pytest.raises(SettingError, match=rf"step-{step:08d}.pt") as error:
             assemble.run(plan_of(data, copy))
         assert len(str(error.value).splitlines()) == 1
+        assert ("holds pickled objects" in str(error.value)) == (kind in ("evil", "hidden"))
     assert not sign.exists()
 
 

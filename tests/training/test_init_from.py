@@ -1,0 +1,168 @@
+"""A run that starts from weights: they are taken as they are, and only where they fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer import Callback, Logger, State
+from safetensors.torch import load_file, save_file
+
+from pipeline.core.errors import SettingError
+from tests.training.groups import Encoders, make_encoders, make_source, settings
+from tests.training.test_official import Evil
+from training import assemble, folder, weights
+from training.config import resolve
+from training.preflight import Plan, check
+from training.train import main
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
+
+STAGE = {"full": {"steps": 2, "warmup": 0}}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings over shards of two resolutions; tests set their own folder."""
+    folder = tmp_path_factory.mktemp("shards")
+    encoders = make_encoders(folder / "encoders")
+    make_source(folder / "data", encoders)
+    make_source(folder / "data", encoders, resolution=128)
+    return settings(folder / "data", encoders, folder / "unset") | {"stages": STAGE}
+
+
+@pytest.fixture(scope="module")
+def trained(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    assemble.run(check(resolve({**data, "folder": str(path)})))
+    return path
+
+
+def plan_of(data: dict[str, Any], path: Path, start: Path, **changes: Any) -> Plan:
+    return check(resolve({**data, "folder": str(path), "init_from": str(start), **changes}))
+
+
+class First(Callback):
+    """The weights before the first step."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, torch.Tensor] = {}
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        tensors = state.model.state_dict()
+        self.state = {k.removeprefix("dit."): v.clone() for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize("kind", ["run", "file"])
+def test_starts_from_the_weights(
+    data: dict[str, Any], trained: Path, tmp_path: Path, kind: str
+) -> None:
+    start, first = trained if kind == "run" else trained / "full/model.safetensors", First()
+    assemble.run(plan_of(data, tmp_path / "run", start, seed=99), [first])
+    own = load_file(trained / "model.safetensors")
+    assert first.state.keys() == own.keys()
+    assert all(torch.equal(first.state[name], value) for name, value in own.items())
+    after = load_file(tmp_path / "run/model.safetensors")
+    assert not torch.equal(after["blocks.0.mlp.w1.weight"], own["blocks.0.mlp.w1.weight"])
+
+
+def test_positions_are_derived_for_another_resolution(
+    data: dict[str, Any], trained: Path, tmp_path: Path
+) -> None:
+    """The weights' scale stays: at twice the resolution the table spans the same range."""
+    first = First()
+    stages = {"full": STAGE["full"] | {"resolution": 128}}
+    plan = plan_of(data, tmp_path / "run", trained, stages=stages)
+    assert plan.config.model.base_resolution == 64
+    assemble.run(plan, [first])
+    own = load_file(trained / "model.safetensors")
+    grid = first.state["pos_embed"].unflatten(1, (8, 8))[:, ::2, ::2].flatten(1, 2)
+    assert torch.equal(grid, own["pos_embed"])
+    assert all(
+        torch.equal(first.state[name], value) for name, value in own.items() if name != "pos_embed"
+    )
+
+
+def test_content_decides_not_the_path(
+    data: dict[str, Any], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy.safetensors"
+    assemble.run(plan_of(data, run, trained))
+    begun = json.loads((run / "full/settings.json").read_text())
+    assert len(begun["init_from"]) == 64
+    shutil.copy(trained / "model.safetensors", copy)
+    folder.check(plan_of(data, run, copy))
+    tensors = load_file(copy)
+    tensors["x_embedder.proj.bias"] += 1
+    weights.write(copy, tensors, weights.read_passport(trained / "model.safetensors"))
+    with pytest.raises(SettingError, match=r"begun with other settings \(init_from: \w+ -> \w+\)"):
+        folder.check(plan_of(data, run, copy))
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps({**data, "folder": str(run)}))
+    assert main([str(path)]) == 2  # without init_from
+    assert "init_from: " in capsys.readouterr().err
+    path.write_text(json.dumps({**data, "folder": str(trained)}))
+    assert main([str(path)]) == 0  # a run without it has no such setting
+
+
+def test_weights_of_another_kind(
+    data: dict[str, Any], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def refused(message: str, start: Path = trained, **changes: Any) -> None:
+        path = tmp_path / "run.yaml"
+        raw = {**data, "folder": str(tmp_path / "run"), "init_from": str(start), **changes}
+        path.write_text(json.dumps(raw))
+        assert main([str(path)]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert message in lines[0]
+
+    model = data["model"]
+    refused("weights of another architecture (depth: 2, this run's 3)", model={**model, "depth": 3})
+    refused("(expert_capacity: 2.0, this run's 1.0)", model={**model, "expert_capacity": 1.0})
+    refused("edm.sigma_data=0.5: init_from=", edm={"sigma_data": 0.5})
+    refused("init_from=nothing: no file nothing", Path("nothing"))
+    root, names = (
+        Path(data["data"]["root"]),
+        Encoders(data["data"]["vae"], data["data"]["text_encoder"]),
+    )
+    make_source(root, names, text="full")
+    refused("data.text=full: init_from=", data={**data["data"], "text": "full"})
+    other = make_encoders(tmp_path / "other")
+    config = json.loads(Path(other.vae, "config.json").read_text())
+    Path(other.vae, "config.json").write_text(json.dumps(config | {"scaling_factor": 0.75}))
+    make_source(tmp_path / "data", other)
+    shards = {**data["data"], "root": str(tmp_path / "data"), "vae": other.vae}
+    shards["text_encoder"] = other.text
+    refused("scale: expected 0.75, found 0.5", data=shards)
+
+
+def test_files_that_are_no_weights(
+    data: dict[str, Any], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    sign, start = tmp_path / "sign", tmp_path / "start"
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps({**data, "folder": str(tmp_path / "run"), "init_from": str(start)}))
+
+    def answer() -> str:
+        assert main([str(path)]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        return lines[0]
+
+    whole = (trained / "model.safetensors").read_bytes()
+    start.write_bytes(whole[: len(whole) // 2])
+    assert "truncated" in answer()
+    torch.save({"x": Evil(sign)}, start)
+    assert "has to be imported first: python -m training.convert import" in answer()
+    assert not sign.exists()
+    save_file(load_file(trained / "model.safetensors"), start)
+    assert "no passport in it" in answer()
+    save_file({}, start, {weights.METADATA_KEY: "{}"})
+    assert "broken passport (vae is missing)" in answer()
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,108 @@
+"""SIGTERM to a running training: it saves where it is, says so with its exit code, and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.groups import make_encoders, make_source, settings
+from training.folder import StageFolder
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+STEPS = 300
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of a run whose only checkpoint is that of its last step."""
+    folder = tmp_path_factory.mktemp("shards")
+    encoders = make_encoders(folder / "encoders")
+    make_source(folder / "data", encoders)
+    stage = {"steps": STEPS, "mask": "deferred", "mask_ratio": 0.5, "save_every": 10_000}
+    raw = settings(folder / "data", encoders, folder / "unset")
+    return raw | {"stages": {"masked": stage}, "logging": {"every": 0.01}}
+
+
+def command(path: Path, ranks: int) -> list[str]:
+    launcher = [str(Path(sys.executable).parent / "composer"), "-n", str(ranks)]
+    return [*(launcher if ranks else [sys.executable]), "training/train.py", str(path)]
+
+
+def run(path: Path, ranks: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(path, ranks), cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+
+
+def term_after_first_steps(path: Path, ranks: int, everyone: bool) -> tuple[int, str]:
+    """Starts a run and sends SIGTERM when it has made a few steps; exit code and what it said."""
+    log = path.with_suffix(".log")
+    with open(log, "w") as file:
+        process = subprocess.Popen(command(path, ranks), cwd=ROOT, stdout=file, stderr=file)
+        try:
+            deadline = time.monotonic() + 200
+            while not re.search(r"masked \d+/", log.read_text()):
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.01)
+            children = psutil.Process(process.pid).children(recursive=True)
+            for pid in [process.pid, *(c.pid for c in children if everyone)]:
+                os.kill(pid, signal.SIGTERM)
+            return process.wait(120), log.read_text()
+        finally:
+            for child in psutil.Process(os.getpid()).children():
+                if child.pid == process.pid:
+                    child.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def whole(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of an uninterrupted run."""
+    path = tmp_path_factory.mktemp("whole") / "run.yaml"
+    path.write_text(json.dumps({**data, "folder": str(path.parent / "run")}))
+    result = run(path, 0)
+    assert result.returncode == 0, result.stderr
+    return path.parent / "run/masked/live.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "workers", "everyone"),
+    [
+        (0, 0, False),
+        (0, 2, True),  # as Slurm does it: loader processes get the signal as well
+        (2, 0, False),  # the launcher hands it on
+    ],
+)
+def test_sigterm_saves_and_the_run_goes_on(
+    data: dict[str, Any], whole: Path, tmp_path: Path, ranks: int, workers: int, everyone: bool
+) -> None:
+    path = tmp_path / "run.yaml"
+    changes = {"folder": str(tmp_path / "run"), "data": data["data"] | {"workers": workers}}
+    path.write_text(json.dumps(data | changes))
+    code, said = term_after_first_steps(path, ranks, everyone)
+    assert code == 143, said
+    (saved,) = StageFolder(tmp_path / "run/masked").checkpoints()
+    step = int(saved.stem.removeprefix("step-"))
+    assert 0 < step < STEPS
+    if not ranks:
+        assert f"train: SIGTERM: saved at stage masked, step {step}; the same command" in said
+    result = run(path, ranks)
+    assert result.returncode == 0, result.stdout + result.stderr
+    if not ranks:  # sums of two ranks' gradients round differently
+        found, expected = load_file(tmp_path / "run/masked/live.safetensors"), load_file(whole)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -1,0 +1,92 @@
+"""Checkpoints in and out: `python -m training.convert import FILE.pt`, `… export RUN --to …`.
+
+`import` makes of a file of the official code (released, or of its trainer) one that `init_from` and
+`training.generate` take. `export` writes the weights of a run or file as one safetensors, as a file
+for the official code, or as a folder that diffusers turns into pictures without this package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.core.errors import SettingError
+
+FORMATS = ("safetensors", "official", "diffusers")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0, 1 where the disk fails, or 2 after a line that says what to change."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.command == "import":
+            from training.official_import import import_file
+
+            print(
+                import_file(
+                    Path(options.file),
+                    Path(options.out or Path(options.file).with_suffix("")),
+                    options.arch,
+                    options.vae,
+                    options.text_encoder,
+                )
+            )
+        else:
+            print(export(options))
+    except SettingError as error:
+        print(f"convert: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"convert: cannot write {options.out}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def export(options: argparse.Namespace) -> str:
+    """Writes the wanted form; what to tell the user."""
+    from training import official, weights
+
+    path, out = weights.find(options.checkpoint), Path(options.out)
+    if options.to == "diffusers":
+        from training.export.folder import write
+
+        write(path, out)
+        return (
+            f"{out}: DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, "
+            "trust_remote_code=True)"
+        )
+    passport = weights.read_passport(path)
+    tensors = weights.read_tensors(path)
+    suffix = {"safetensors": ".safetensors", "official": ".pt"}[options.to]
+    if out.is_dir() or out.suffix != suffix:
+        raise SettingError(f"--out {out}: give a file that ends in {suffix}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if options.to == "safetensors":
+        weights.write(out, tensors, passport)
+    else:
+        official.write(out, tensors)
+    return f"{out}: {len(tensors)} tensors"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.convert", description="Checkpoints in and out."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("import", help="a checkpoint of the official code").add_argument
+    add("file", help=".pt or .safetensors; tensors are read, no code of the file is run")
+    add("--out", default="", help="folder for model.safetensors; default: FILE without its ending")
+    add("--arch", default="", help="a network's name, or a YAML with model:; default: by shapes")
+    add("--vae", default="", help="default: sdxl for 4 channels, ostris16 for 16")
+    add("--text-encoder", default="dfn5b-h14")
+    add = commands.add_parser("export", help="weights of a run or file").add_argument
+    add("checkpoint", help="a run's folder, or a .safetensors file of one")
+    add("--to", required=True, choices=FORMATS)
+    add("--out", required=True, help="file, or for diffusers folder, to write")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

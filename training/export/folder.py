@@ -1,0 +1,111 @@
+"""A weights file -> a folder for `diffusers.DiffusionPipeline.from_pretrained`, code included."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.core.errors import SettingError
+from training.export import text
+from training.export.bundle import bundle
+from training.export.transformer import MicroDiTModel
+from training.generate import Painter
+from training.weights import Passport
+
+TRANSFORMER, PIPELINE = "microdit", "pipeline"  # names of modules in the folder
+
+
+def write(path: Path, out: Path) -> None:
+    """The folder appears whole under its name, or not at all.
+
+    Raises:
+        SettingError: no usable weights, encoders that have changed, or something at `out` already.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SettingError(f"--out {out}: is there already; remove it, or name another folder")
+    painter = Painter(str(path), "cpu")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        _fill(part, painter)
+        if out.exists():
+            out.rmdir()
+        os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _fill(folder: Path, painter: Painter) -> None:
+    passport = painter.passport
+    with torch.device("meta"):
+        model = MicroDiTModel(network=passport.model, objective=passport.objective)
+    model.dit = painter.network
+    model.save_pretrained(folder / "transformer")
+    painter.vae.vae.save_pretrained(folder / "vae")
+    encoder = text.convert(painter.text, folder)
+    encoder.model.save_pretrained(folder / "text_encoder")
+    encoder.tokenizer.save_pretrained(folder / "tokenizer")
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink(missing_ok=True)
+    _write_code(folder / "transformer", bundle("training.export.transformer", TRANSFORMER))
+    _write_code(folder, bundle("training.export.pipeline", PIPELINE))
+    index = {
+        "_class_name": [PIPELINE, "MicroDiTPipeline"],
+        "_diffusers_version": version("diffusers"),
+        "transformer": [TRANSFORMER, "MicroDiTModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", type(encoder.model).__name__],
+        "tokenizer": ["transformers", type(encoder.tokenizer).__name__],
+        "text": passport.text,
+        "latent_scale": passport.vae.scale,
+        "latent_shift": passport.vae.shift,
+        "attribution": passport.attribution,
+        **encoder.settings,
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "README.md").write_text(_readme(passport))
+
+
+def _write_code(folder: Path, files: dict[str, str]) -> None:
+    for name, source in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(source, "utf-8")
+
+
+def _readme(passport: Passport) -> str:
+    facts: dict[str, Any] = {
+        "run": f"{passport.run}, stage {passport.stage}, step {passport.step}",
+        "weights": passport.weights,
+        "resolution": f"{passport.resolution} px",
+        "vae": f"{passport.vae.name} ({passport.vae.repo})",
+        "text encoder": f"{passport.text_encoder.name} ({passport.text_encoder.repo})",
+    }
+    lines = [
+        "# A MicroDiT",
+        "",
+        *(f"- {name}: {value}" for name, value in facts.items()),
+        *(f"- {line}" for line in passport.attribution),
+        "",
+        "```python",
+        "from diffusers import DiffusionPipeline",
+        "",
+        'folder = "."',
+        "pipe = DiffusionPipeline.from_pretrained(",
+        "    folder, custom_pipeline=folder, trust_remote_code=True",
+        ")",
+        'pipe("a red fox", seed=7).images[0].save("fox.png")',
+        "```",
+        "",
+        "Needs `diffusers`, `transformers` and `torch`; with `ftfy`, prompts are cleaned as in",
+        "training. The code is under the Apache-2.0 licence.",
+        "",
+    ]
+    return "\n".join(lines)
