@@ -15,6 +15,7 @@ from training.config import Stage
 from training.folder import StageFolder
 from training.guard import Guard, RollBack
 from training.meter import Meter
+from training.metrics import Metrics
 from training.model import DiffusionModel
 from training.optim import learning_rate
 from training.stopping import StopAtSignal
@@ -38,7 +39,8 @@ class StepFunctions(Callback):
 class SaveCheckpoints(Callback):
     """A checkpoint every N steps and at the end: whole under its final name, or not there.
 
-    None after a bad step, except at the end: the guard goes back to before the trouble.
+    None after a bad step, except at the end: the guard, or the next start, goes back to before the
+    trouble.
     Composer's saver writes to the final name in place; a start after a kill in the middle of that
     stops at the file it finds.
 
@@ -55,12 +57,14 @@ class SaveCheckpoints(Callback):
         keep: int,
         guard: Guard,
         meter: Meter,
+        metrics: Metrics,
         stop: StopAtSignal,
         copy: Callable[[Path], None],
     ) -> None:
         self._folder = folder
         self._guard = guard
         self._meter = meter
+        self._metrics = metrics
         self._stage = stage
         self._keep = keep
         self._stop = stop
@@ -72,8 +76,8 @@ class SaveCheckpoints(Callback):
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value
-        due = step % self._stage.save_every == 0 and not self._guard.in_a_row
-        if not due and step != self._stage.steps and not self._stop.now:
+        due = step % self._stage.save_every == 0 or self._stop.now
+        if step != self._stage.steps and (self._guard.in_a_row or not due):
             return
         with self._meter.aside():
             try:
@@ -82,6 +86,7 @@ class SaveCheckpoints(Callback):
                 if self._stop.now:
                     return  # the next start goes on from before the trouble
                 raise
+            self._metrics.write()  # a resumed run writes the lines after this step only
             self._save(state, step)
 
     def _save(self, state: State, step: int) -> None:

@@ -30,7 +30,7 @@ class Metrics(Callback):
     Args:
         journal: of the stage; None on ranks that write none.
         rate: step (0 is the first) -> learning rate.
-        save_every: steps between checkpoints: what was journaled must be on disk before each.
+        steps: of the stage.
     """
 
     def __init__(
@@ -43,7 +43,6 @@ class Metrics(Callback):
         rate: Callable[[int], float],
         steps: int,
         every: int,
-        save_every: int,
     ) -> None:
         self._meter = meter
         self._guard = guard
@@ -53,7 +52,6 @@ class Metrics(Callback):
         self._rate = rate
         self._steps = steps
         self._every = every
-        self._save_every = save_every
         self._reported = Totals()
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -91,11 +89,14 @@ class Metrics(Callback):
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value
-        ends = (self._every, self._save_every)
-        if self._journal is not None and (step == self._steps or not all(step % n for n in ends)):
-            self._journal.write()
+        if step % self._every == 0 or step == self._steps:
+            self.write()
 
     def close(self, state: State, logger: Logger) -> None:
+        self.write()
+
+    def write(self) -> None:
+        """Puts the journal on disk, up to the last step."""
         if self._journal is not None:
             self._journal.write()
 

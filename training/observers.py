@@ -74,7 +74,6 @@ def callbacks(
         lambda step: learning_rate(stage, step),
         stage.steps,
         config.logging.every_steps,
-        stage.save_every,
     )
     subject = Subject(
         model,
@@ -96,7 +95,7 @@ def callbacks(
         Progress(name, stage.steps, config.logging.every, meter, guard, bill, price),
         *_evaluation(plan, name, subject),
         *_samples(plan, name, subject, path),
-        SaveCheckpoints(path, stage, config.checkpoint.keep, guard, meter, stop, copy),
+        SaveCheckpoints(path, stage, config.checkpoint.keep, guard, meter, metrics, stop, copy),
     ]
 
 

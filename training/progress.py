@@ -47,10 +47,12 @@ class Progress(Callback):
         if self._active and self._terminal:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
+            from rich.table import Column
 
+            name = Column(min_width=len(self._stage), no_wrap=True)
             self._bar = Progress(
-                TextColumn(self._stage),
-                BarColumn(),
+                TextColumn(self._stage, table_column=name),
+                BarColumn(bar_width=16),
                 TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.description}"),
                 console=Console(stderr=True),
                 auto_refresh=False,  # no thread that competes with the trainer
@@ -70,22 +72,21 @@ class Progress(Callback):
         window = self._meter.totals - self._shown
         self._shown, self._since = self._meter.totals, now
         rates = window.rates(self._price.peak_flops)
-        words = [
-            f"loss {window.mean_loss():.4f}",
-            f"{rates['samples_per_second']:.0f} samples/s",
-            f"MFU {rates['mfu']:.0%}"
-            if "mfu" in rates
-            else f"{rates['tflops_per_device']:.3g} TFLOP/s",
-            f"data wait {rates['data_wait_share']:.1%}",
-        ]
+        words = [f"loss {window.mean_loss():.4f}"]
+        if step > self._first:
+            left = (now - self._began) / (step - self._first) * (self._steps - step)
+            words.append(f"ETA {_clock(left)}")
+        words.append(f"{rates['samples_per_second']:.0f} samples/s")
+        if "mfu" in rates:
+            words.append(f"MFU {rates['mfu']:.0%}")
+        else:
+            words.append(f"{rates['tflops_per_device']:.3g} TFLOP/s")
+        words.append(f"data wait {rates['data_wait_share']:.1%}")
         if self._price.dollars_per_hour is not None:
             dollars = self._bill.device_seconds() / 3600 * self._price.dollars_per_hour
             words.append(f"${dollars:,.2f}")
         if self._guard.skipped:
             words.append(f"{self._guard.skipped} skipped")
-        if step > self._first:
-            left = (now - self._began) / (step - self._first) * (self._steps - step)
-            words.append(f"ETA {_clock(left)}")
         if self._active:
             self._show(step, "  ".join(words))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections import deque
 from pathlib import Path
@@ -21,6 +22,7 @@ from training.config import resolve
 from training.folder import StageFolder
 from training.guard import threshold
 from training.randomness import stage_key
+from training.stopping import Terminated
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
 
@@ -162,6 +164,25 @@ def test_weights_that_are_no_numbers_are_never_saved(
         assemble.run(plan, [Break()])
     [checkpoint] = StageFolder(tmp_path / "run/masked").checkpoints()
     assert checkpoint.name == f"step-{last:08d}.pt"
+
+
+def test_sigterm_among_bad_steps(toy: dict[str, Any], tmp_path: Path) -> None:
+    """The checkpoint from before them stays the last one, so the next start does as this would."""
+
+    class Signal(Callback):
+        def batch_end(self, state: Any, logger: Any) -> None:
+            if state.timestamp.batch.value == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    poison = Poison([6, 7, 8], "masked")
+    with pytest.raises(Terminated):
+        assemble.run(plan_of(toy, tmp_path / "run"), [poison, Signal()])
+    folder = StageFolder(tmp_path / "run/masked")
+    assert [path.name for path in folder.checkpoints()] == ["step-00000004.pt"]
+    for name in ("run", "whole"):
+        assemble.run(plan_of(toy, tmp_path / name), [poison])
+    assert len(folder.rollbacks()) == 1
+    assert equal(tmp_path / "run/model.safetensors", tmp_path / "whole/model.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["loss_spike", "grad_spike"])
