@@ -6,33 +6,36 @@ an interrupted run cannot differ from an uninterrupted one.
 
 from __future__ import annotations
 
+import gc
+import itertools
 import pkgutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from composer import Callback, DataSpec, Trainer
 from composer.utils import dist, get_device
 
 from pipeline.core.errors import SettingError, StorageError
-from training import folder, initial, weights
-from training.callbacks import ClipGradients, SaveCheckpoints, StepFunctions, StopAtNaN
+from training import curve, folder, initial, journal, observers, weights
 from training.checkpoints import CheckpointState, allow_only_data, read, require_same
-from training.config import Config, Power
+from training.config import Power
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
 from training.ema import EMA
 from training.folder import StageFolder
+from training.guard import RollBack
+from training.leftovers import of_first_rank
 from training.loader import global_rows, make_dataset, make_loader
+from training.loggers import make_loggers
+from training.meter import Bill
 from training.mirror import Mirror, fetch
 from training.model import DiffusionModel, Objective
 from training.objectives import OBJECTIVES
+from training.observers import say
 from training.optim import make_optimizer
 from training.preflight import Plan, network_config, world_size
-from training.progress import Progress
-from training.randomness import keyed_seed
+from training.randomness import keyed_seed, stage_key
 from training.stopping import StopAtSignal
 
 DIST_S, FETCH_S = 300.0, 7200.0  # that ranks wait for each other
@@ -46,7 +49,7 @@ def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
 
     Raises:
         SettingError: a checkpoint cannot be read or written, a picture has no caption, or the loss
-            is no number.
+            is no number even after roll-backs.
         StorageError: finished weights cannot be written, or `checkpoint.remote` cannot be read or
             does not have every file at the end.
         Terminated: SIGTERM came; a checkpoint is saved.
@@ -60,15 +63,16 @@ def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
     if first:
         fetch(plan)
     dist.barrier()
+    bill = Bill(world_size())
     left = folder.unfinished(plan)
     url = checkpoint.remote if first else ""
     with Mirror(plan.config.run_folder(), url, checkpoint.keep) as mirror:
         for name, stage in plan.config.stages.items():
             path = folder.stage_folder(plan, name)
             if name in left:
-                _run_stage(plan, name, path, before, callbacks, mirror)
+                _run_stage(plan, name, path, before, bill, callbacks, mirror)
             else:
-                _say(f"stage {name}: finished before, not run again")
+                say(f"stage {name}: finished before, not run again")
                 mirror.catch_up(path)
             before = path.checkpoint(stage.steps)
 
@@ -78,30 +82,61 @@ def _run_stage(
     name: str,
     path: StageFolder,
     before: Path | None,
+    bill: Bill,
     callbacks: Sequence[Callback],
     mirror: Mirror,
 ) -> None:
-    """One stage with its own loader, schedule and Trainer: from its own latest checkpoint, or from
-    the stage before, or from nothing."""
+    """One stage, from its last checkpoint again whenever the guard says so."""
+    bill.at_least(of_first_rank(journal.last(path.metrics, "train/device_hours") or 0.0) * 3600)
+    stop = StopAtSignal(name)  # one for all attempts: a signal must not be lost between two
+    while True:
+        back = _attempt(plan, name, path, before, bill, callbacks, mirror, stop)
+        if back is None:
+            return
+        _roll_back(plan, name, path, back)
+        gc.collect()  # the network and optimizer of the attempt are in cycles
+
+
+def _attempt(
+    plan: Plan,
+    name: str,
+    path: StageFolder,
+    before: Path | None,
+    bill: Bill,
+    callbacks: Sequence[Callback],
+    mirror: Mirror,
+    stop: StopAtSignal,
+) -> RollBack | None:
+    """Trains to the stage's end with its own loader, schedule and Trainer: from its own latest
+    checkpoint, or from the stage before, or from nothing. Or until the guard wants to roll back."""
     config, stage = plan.config, plan.config.stages[name]
     resume = path.checkpoints()[-1] if path.checkpoints() else None
     start = read(before) if before is not None and resume is None else None
-    model = DiffusionModel(_network(plan, name, start, resume), _objective(plan, name))
+    rollbacks = len(of_first_rank(path.rollbacks()))
+    if resume is not None:
+        rollbacks = max(rollbacks, read(resume).rollbacks)
+    if start is not None:
+        bill.at_least(start.device_seconds)
+    model = DiffusionModel(_network(plan, name, start, resume), _objective(plan, name, rollbacks))
     if dist.get_global_rank() == 0:
         folder.begin(plan, name)  # now that the weights are known to fit
         mirror.put_records(path)
         mirror.catch_up(path)
     averages = start.averages if start else None
     ema = EMA(model.dit, stage.averages(), stage.ema_start, averages)
-    trainer = _trainer(plan, name, path, model, [ema, *callbacks], resume, mirror)
+    own = observers.callbacks(
+        plan, name, path, model, ema, rollbacks, bill, stop, mirror.put_checkpoint
+    )
+    trainer = _trainer(plan, name, path, model, [*own, *callbacks, stop], resume, rollbacks)
     if start is not None and stage.keep_moments:
         start.restore_moments(trainer.state)
     done = trainer.state.timestamp.batch.value
-    _say(f"stage {name}: {stage.steps} steps" + (f", goes on after {done}" if done else ""))
+    say(f"stage {name}: {stage.steps} steps" + (f", goes on after {done}" if done else ""))
     try:
         if done < stage.steps:
             trainer.fit()
         if dist.get_global_rank() == 0:
+            curve.draw(journal.read(path.metrics), f"{config.name}, stage {name}", path.curve)
             try:
                 _export(plan, name, path, model, ema)
             except OSError as error:
@@ -110,12 +145,39 @@ def _run_stage(
                     "checkpoint is there, and the same command goes on from it"
                 ) from error
             mirror.put_weights(path)
-            _say(f"stage {name}: finished, weights in {config.run_folder() / folder.MODEL}")
+            say(f"stage {name}: finished, weights in {config.run_folder() / folder.MODEL}")
+        return None
+    except RollBack as back:
+        return back.with_traceback(None)
     finally:
         trainer.close()
 
 
-def _objective(plan: Plan, name: str) -> Objective:
+def _roll_back(plan: Plan, name: str, path: StageFolder, back: RollBack) -> None:
+    """Records it, so that the next attempt has other random numbers.
+
+    Raises:
+        SettingError: the stage was rolled back to the same checkpoint often enough.
+    """
+    resume = path.checkpoints()[-1:]
+    to = int(resume[0].stem.removeprefix("step-")) if resume else 0
+    past = of_first_rank(path.rollbacks())
+    same = sum(1 for _ in itertools.takewhile(lambda r: r["to"] == to, reversed(past)))
+    if same >= plan.config.guard.rollbacks:
+        raise SettingError(
+            f"stage {name}, step {back.step}: {back.reason}, as it was before {same} roll-backs to "
+            f"step {to} (guard.rollbacks={same}). Begin with a lower lr or harder clip in "
+            f"another folder (folder=runs/NAME), or try on with guard.rollbacks={same + 3}"
+        )
+    say(
+        f"stage {name}, step {back.step}: {back.reason}; back to step {to}, with other noise and "
+        f"another order of the data (roll-back {same + 1} of {plan.config.guard.rollbacks})"
+    )
+    if dist.get_global_rank() == 0:
+        path.add_rollback(back.step, to, back.reason)
+
+
+def _objective(plan: Plan, name: str, rollbacks: int) -> Objective:
     config, stage = plan.config, plan.config.stages[name]
     denoiser = pkgutil.resolve_name(OBJECTIVES[config.objective])
     return Objective(
@@ -124,7 +186,7 @@ def _objective(plan: Plan, name: str) -> Objective:
         mask_ratio=stage.mask_ratio,
         caption_drop=config.data.caption_drop,
         seed=config.seed,
-        stage=name,
+        stage=stage_key(name, rollbacks),
         batch_size=stage.batch_size,
         rows=global_rows(),
     )
@@ -168,11 +230,11 @@ def _trainer(
     model: DiffusionModel,
     callbacks: Sequence[Callback],
     resume: Path | None,
-    mirror: Mirror,
+    rollbacks: int,
 ) -> Trainer:
     config, stage = plan.config, plan.config.stages[name]
-    device, stop = get_device(None), StopAtSignal(name)
-    dataset = make_dataset(plan, name)
+    device = get_device(None)
+    dataset = make_dataset(plan, name, rollbacks=rollbacks)
     loader = make_loader(dataset, config.data.workers, config.data.text == "trimmed")
     precision = config.precision
     if precision == "auto":
@@ -187,16 +249,8 @@ def _trainer(
             ),
             max_duration=f"{stage.steps}ba",
             optimizers=make_optimizer(model, config.optimizer, stage.lr),
-            callbacks=[
-                StepFunctions(model, stage),
-                ClipGradients(stage.clip),
-                StopAtNaN(name),
-                SaveCheckpoints(path, stage, config.checkpoint.keep, stop, mirror.put_checkpoint),
-                Progress(name, stage.steps, config.logging.every),
-                *callbacks,
-                stop,
-            ],
-            loggers=_loggers(config, path.path),
+            callbacks=callbacks,
+            loggers=make_loggers(config, path.path),
             run_name=f"{config.name}-{name}",
             progress_bar=False,
             spin_dataloaders=False,
@@ -247,34 +301,3 @@ def _export(plan: Plan, name: str, path: StageFolder, model: DiffusionModel, ema
             file = path.average(average) if number else path.model
             weights.save(file, model.dit, ema.averaged(average), passport)
     folder.link(path.model, config.run_folder() / folder.MODEL)
-
-
-def _loggers(config: Config, path: Path) -> list[Any]:
-    """Composer's loggers by name.
-
-    Raises:
-        SettingError: the package behind one is not installed.
-    """
-    made = []
-    for name in config.logging.to:
-        try:
-            if name == "tensorboard":
-                from composer.loggers import TensorboardLogger
-
-                made.append(TensorboardLogger(log_dir=str(path / "tensorboard")))
-            elif name == "wandb":
-                from composer.loggers import WandBLogger
-
-                made.append(WandBLogger(project=config.name, name=path.name))
-            else:
-                from composer.loggers import MLFlowLogger
-
-                made.append(MLFlowLogger(experiment_name=config.name, run_name=path.name))
-        except ImportError as error:
-            raise SettingError(f"logging.to={name}: pip install {name} first") from error
-    return made
-
-
-def _say(text: str) -> None:
-    if dist.get_global_rank() == 0:
-        print(text, file=sys.stderr, flush=True)

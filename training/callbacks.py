@@ -1,13 +1,11 @@
-"""What happens around each step: the step's number and rate, clipping, checks, checkpoints."""
+"""What happens around each step: its number and learning rate before, checkpoints after it."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from composer import Callback, Logger, State
 from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
@@ -15,6 +13,9 @@ from composer.utils.checkpoint import save_checkpoint
 from pipeline.core.errors import SettingError
 from training.config import Stage
 from training.folder import StageFolder
+from training.guard import Guard, RollBack
+from training.meter import Meter
+from training.metrics import Metrics
 from training.model import DiffusionModel
 from training.optim import learning_rate
 from training.stopping import StopAtSignal
@@ -33,40 +34,13 @@ class StepFunctions(Callback):
         rate = learning_rate(self._stage, step)
         for group in state.optimizers[0].param_groups:
             group["lr"] = rate * group["lr_factor"]
-        logger.log_metrics({"train/lr": rate})
-
-
-class ClipGradients(Callback):
-    """Scales the gradients of all micro-batches together down to a largest global norm."""
-
-    def __init__(self, norm: float | None) -> None:
-        self._norm = norm
-
-    def after_train_batch(self, state: State, logger: Logger) -> None:
-        if self._norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), self._norm)
-            if logger.destinations:  # reading a number stalls a GPU
-                logger.log_metrics({"train/grad_norm": norm.item()})
-
-
-class StopAtNaN(Callback):
-    """Ends the run at a loss that is no number, before a checkpoint can be made of it."""
-
-    def __init__(self, stage: str) -> None:
-        self._stage = stage
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        loss = state.total_loss_dict["loss/train/total"]  # Composer has read it from the device
-        if not math.isfinite(loss):
-            raise SettingError(
-                f"stage {self._stage}, step {state.timestamp.batch.value}: the loss is {loss}; the "
-                "last checkpoint is from before that. Lower lr or clip harder, and run again"
-            )
 
 
 class SaveCheckpoints(Callback):
     """A checkpoint every N steps and at the end: whole under its final name, or not there.
 
+    None after a bad step, except at the end: the guard, or the next start, goes back to before the
+    trouble.
     Composer's saver writes to the final name in place; a start after a kill in the middle of that
     stops at the file it finds.
 
@@ -81,10 +55,16 @@ class SaveCheckpoints(Callback):
         folder: StageFolder,
         stage: Stage,
         keep: int,
+        guard: Guard,
+        meter: Meter,
+        metrics: Metrics,
         stop: StopAtSignal,
         copy: Callable[[Path], None],
     ) -> None:
         self._folder = folder
+        self._guard = guard
+        self._meter = meter
+        self._metrics = metrics
         self._stage = stage
         self._keep = keep
         self._stop = stop
@@ -96,9 +76,20 @@ class SaveCheckpoints(Callback):
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value
-        due = not step % self._stage.save_every or step == self._stage.steps
-        if not due and not self._stop.now:
+        due = step % self._stage.save_every == 0 or self._stop.now
+        if step != self._stage.steps and (self._guard.in_a_row or not due):
             return
+        with self._meter.aside():
+            try:
+                self._guard.require_finite(state)
+            except RollBack:
+                if self._stop.now:
+                    return  # the next start goes on from before the trouble
+                raise
+            self._metrics.write()  # a resumed run writes the lines after this step only
+            self._save(state, step)
+
+    def _save(self, state: State, step: int) -> None:
         path = self._folder.checkpoint(step)
         part = self._folder.part(step)
         try:

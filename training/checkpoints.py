@@ -51,6 +51,8 @@ class CheckpointState:
     model: dict[str, Tensor]
     averages: dict[str, Average]  # by name
     optimizers: dict[str, Any]
+    rollbacks: int  # of its stage up to it
+    device_seconds: float  # that the run had taken
 
     def check(self, network: MicroDiT) -> None:
         """That the checkpoint is one of this very network.
@@ -129,7 +131,15 @@ def read(path: Path) -> CheckpointState:
         state = load(path)["state"]
         averages = state["callbacks"]["EMA"]["averages"]
         _ = state["timestamp"], state["dataset_state"]  # Composer would do without
-        return CheckpointState(path, state["model"], averages, state["optimizers"])
+        callbacks = state["callbacks"]
+        return CheckpointState(
+            path,
+            state["model"],
+            averages,
+            state["optimizers"],
+            callbacks["Guard"]["rollbacks"],
+            callbacks["Metrics"]["device_seconds"],
+        )
     except FileNotFoundError as error:
         raise SettingError(
             f"{path}: the last checkpoint of a finished stage is missing, so the next stage cannot "

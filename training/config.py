@@ -244,6 +244,7 @@ class Stage(Section):
 
 class Logging(Section):
     every: Positive = 10.0  # seconds between progress lines where there is no terminal
+    every_steps: Count = 10  # steps between what loggers get; metrics.jsonl has every step
     to: list[Literal["tensorboard", "wandb", "mlflow"]] = []
 
 
@@ -252,8 +253,38 @@ class Checkpoint(Section):
     remote: str = ""  # folder or s3://, gs:// URL for copies; a start with less goes on from there
 
 
+class Evaluate(Section):
+    """The loss on pictures that training never sees, in bins of noise."""
+
+    every: Annotated[int, Field(ge=0)] = 1000  # steps, and at the end of a stage; 0: never
+    samples: Count = 256  # of all sources of the stage together, always the same ones
+    bins: Count = 8  # noise levels: the middles of as many equal parts of training's distribution
+    split: str = "heldout"
+
+
+class Samples(Section):
+    """Sheets of pictures, painted while training."""
+
+    every: Annotated[int, Field(ge=0)] = 0  # steps, and at the end of a stage; 0: never
+    prompts: list[str] = []  # default: held-out captions, whose token vectors are in the shards
+    count: Count = 8  # of held-out captions
+    guidance: Positive = 5.0
+    steps: Count = 30  # Heun steps
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Guard(Section):
+    """What happens at a loss or gradient that is no number, or that jumps."""
+
+    in_a_row: Count = 3  # so many bad steps in a row: back to the last checkpoint
+    rollbacks: Annotated[int, Field(ge=0)] = 3  # to one and the same checkpoint, then the run stops
+    loss_spike: Positive | None = None  # bad above median + so many deviations (1.4826 MAD)
+    grad_spike: Positive | None = None  # the same of the gradients' norm
+    window: Annotated[int, Field(ge=8)] = 128  # last steps that median and deviation are of
+
+
 class Estimate(Section):
-    """Assumptions of the costs that dry_run prints."""
+    """Assumptions of the costs that dry_run prints and a run on GPUs logs."""
 
     mfu: Annotated[float, Field(gt=0, le=1)] = 0.4  # model FLOPs utilisation
     gpu: str = "H100"
@@ -278,6 +309,9 @@ class Config(Section):
     optimizer: Optimizer = Optimizer()
     logging: Logging = Logging()
     checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    samples: Samples = Samples()
+    guard: Guard = Guard()
     estimate: Estimate = Estimate()
     stages: dict[Annotated[str, Field(pattern=STAGE_NAME)], Stage]
 

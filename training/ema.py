@@ -48,6 +48,7 @@ class EMA(Callback):
         self._start = start
         kept = before if before is not None and start == 0 else {}
         self._averages = {name: kept[name] for name in profiles if name in kept}
+        self.skip = False  # set by the guard: the last step changed no weight
 
     def fit_start(self, state: State, logger: Logger) -> None:
         device = next(iter(self._parameters.values())).device
@@ -58,6 +59,8 @@ class EMA(Callback):
             self._begin(0)
 
     def batch_end(self, state: State, logger: Logger) -> None:
+        if self.skip:
+            return
         begun = list(self._averages.items())
         self._begin(state.timestamp.batch.value)
         for name, average in begun:
@@ -77,6 +80,15 @@ class EMA(Callback):
         if average is not None:
             return average["values"]
         return {k: v.detach() for k, v in self._parameters.items()}
+
+    def averages(self) -> dict[str, dict[str, Tensor]]:
+        """Every average that there is by now, by parameter name: "ema", the main one, first, the
+        others as "ema-NAME"."""
+        begun = [name for name in self._names if name in self._averages]
+        return {
+            "ema" if name == self._names[0] else f"ema-{name}": self._averages[name]["values"]
+            for name in begun
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {"averages": self._averages}

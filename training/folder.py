@@ -3,6 +3,10 @@
     config.json                     the resolved settings of the last start
     <stage>/settings.json           what this stage was begun with
     <stage>/step-00000200.pt        Composer checkpoint; the last one of a finished stage stays
+    <stage>/metrics.jsonl           a line a step; see training.journal
+    <stage>/loss.png                the finished stage's curves
+    <stage>/samples/step-*.png      pictures painted on the way
+    <stage>/rollbacks.json          how often the stage went back to a checkpoint, where it did
     <stage>/model.safetensors       averaged weights of the finished stage, with their passport
     <stage>/ema-NAME.safetensors    further averages of them, e.g. ema-power-0.1
     <stage>/live.safetensors        the weights themselves, where an average was kept
@@ -27,6 +31,7 @@ from training.preflight import Plan
 
 MODEL = "model.safetensors"
 SETTINGS = "settings.json"
+ROLLBACKS = "rollbacks.json"
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,30 @@ class StageFolder:
     @property
     def settings(self) -> Path:
         return self.path / SETTINGS
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def curve(self) -> Path:
+        return self.path / "loss.png"
+
+    def samples(self, step: int) -> Path:
+        return self.path / "samples" / f"step-{step:08d}.png"
+
+    def rollbacks(self) -> list[dict[str, Any]]:
+        """The stage's roll-backs, oldest first; see `add_rollback`."""
+        path = self.path / ROLLBACKS
+        return json.loads(path.read_text()) if path.exists() else []
+
+    def add_rollback(self, step: int, to: int, reason: str) -> None:
+        """Records that after `step` the stage goes back to its checkpoint of step `to`.
+
+        Their number is part of the key of all random numbers from there on.
+        """
+        record = {"step": step, "to": to, "reason": reason}
+        Store(self.path).write_json(ROLLBACKS, [*self.rollbacks(), record])
 
     def finished(self) -> bool:
         return self.model.exists()
@@ -106,7 +135,8 @@ def begin(plan: Plan, name: str) -> None:
 
 
 def decisive_settings(plan: Plan, name: str) -> dict[str, Any]:
-    """What decides a stage's result. Not: where data lies, workers, logging, saving, precision."""
+    """What decides a stage's result. Not: where data lies, workers, logging, saving, precision, nor
+    the guard, which is wanted where a stage that was begun is in trouble."""
     config, stage, source = plan.config, plan.config.stages[name], plan.data[name][0]
     # Through JSON, so that it compares with what was written.
     data = config.data.model_dump(mode="json", exclude={"root", "workers", "cache", "sources"})

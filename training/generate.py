@@ -125,17 +125,11 @@ class Painter:
         return (tokens * y_mask[..., None]).to(self.device), y_mask.to(self.device)
 
     def _noise(self, seed: int, indexes: Sequence[int]) -> torch.Tensor:
-        import torch
-
-        from training.randomness import keyed_seed
+        from training.randomness import picture_noise
 
         config = self.network.config
         shape = (config.in_channels, config.input_size, config.input_size)
-        noise = []
-        for index in indexes:
-            generator = torch.Generator().manual_seed(keyed_seed(seed, "picture", index))
-            noise.append(torch.randn(shape, generator=generator))
-        return torch.stack(noise).to(self.device)
+        return picture_noise(seed, indexes, shape).to(self.device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,7 +24,7 @@ from pipeline.core.store import Store
 from training.buffers import Pool
 from training.leftovers import named_after, of_first_rank
 from training.preflight import Plan, world_size
-from training.randomness import Rows, keyed_seed, sample_uniform
+from training.randomness import Rows, keyed_seed, sample_uniform, stage_key
 from training.shards import SplitStream
 from training.text import TextGroup
 
@@ -79,10 +79,12 @@ class LatentText(StreamingDataset):
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Goes on in the middle of an epoch, which ends earlier where samples were dropped since.
 
-        What is left of such an epoch is in another order, so a sample may come twice in it.
+        What is left of such an epoch is in another order, so a sample may come twice in it. So it
+        is after a roll-back: the order is this dataset's own, not that of the checkpoint.
         """
         seen = min(obj["sample_in_epoch"], self.epoch_size)
-        super().load_state_dict({**obj, "sample_in_epoch": seen})
+        own = {"sample_in_epoch": seen, "shuffle_seed": self.shuffle_seed}
+        super().load_state_dict({**obj, **own})
 
     def _resume_incr_epoch(self) -> tuple[int, int]:
         """The epoch that begins or goes on in this process, which is told once, here."""
@@ -111,8 +113,8 @@ class LatentText(StreamingDataset):
         )
 
 
-def make_dataset(plan: Plan, stage: str, shuffle: bool = True) -> LatentText:
-    """The dataset of one stage of a run; its order is a function of (seed, stage)."""
+def make_dataset(plan: Plan, stage: str, shuffle: bool = True, rollbacks: int = 0) -> LatentText:
+    """The dataset of one stage of a run; its order is a function of (seed, stage, rollbacks)."""
     config = plan.config
     store = Store(config.data.root)
     cache = Path(config.data.cache or config.run_folder() / "cache").absolute()
@@ -136,11 +138,10 @@ def make_dataset(plan: Plan, stage: str, shuffle: bool = True) -> LatentText:
     side = plan.latent_side(config.stages[stage])
     shapes = (plan.vae.channels, side, side), (plan.text.length, plan.text.width)
     batch_size = config.stages[stage].batch_size // world_size()
-    seed = keyed_seed(config.seed, "order", stage) % (1 << 31)
+    key = stage_key(stage, rollbacks)
+    seed = keyed_seed(config.seed, "order", key) % (1 << 31)
     with named_after(config.run_folder()):
-        return LatentText(
-            streams, plan.vae, shapes, batch_size, seed, (config.seed, stage), shuffle
-        )
+        return LatentText(streams, plan.vae, shapes, batch_size, seed, (config.seed, key), shuffle)
 
 
 def make_loader(dataset: LatentText, workers: int, trimmed: bool) -> StreamingDataLoader:

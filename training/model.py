@@ -27,7 +27,7 @@ class Objective:
     mask_ratio: float | RatioSchedule
     caption_drop: float
     seed: int
-    stage: str
+    stage: str  # its `stage_key`
     batch_size: int  # over all ranks
     rows: Rows  # of this rank
 
@@ -63,6 +63,14 @@ class DiffusionModel(ComposerModel):
             objective.mask.draw(draws.mask[index], self._ratio()),
             objective.mask.extra_loss(),
         )
+
+    @torch.no_grad()
+    def heldout_loss(self, batch: dict[str, Tensor], normal: Tensor, noise: Tensor) -> Tensor:
+        """Loss of each sample, float32 (B,), at given unit normal numbers: those in `normal` (B,)
+        decide its level. No patch is masked and no caption dropped."""
+        denoiser, level = self.objective.denoiser, self.objective.denoiser.level(normal)
+        y, y_mask = batch["y"], batch.get("y_mask")
+        return denoiser.loss(self.dit, batch["latents"], level, noise, y, y_mask)
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Mean over the micro-batch."""

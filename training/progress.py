@@ -8,9 +8,13 @@ import time
 from composer import Callback, Logger, State
 from composer.utils import dist
 
+from training.guard import Guard
+from training.meter import Bill, Meter
+from training.metrics import Price
+
 
 class Progress(Callback):
-    """Loss (mean since the last report), samples/s, share of time spent waiting for data, ETA.
+    """Loss (mean since the last report), speed, share of time spent waiting for data, ETA.
 
     Args:
         stage: the stage's name.
@@ -18,9 +22,22 @@ class Progress(Callback):
         every: seconds between lines where standard error is no terminal.
     """
 
-    def __init__(self, stage: str, steps: int, every: float) -> None:
+    def __init__(
+        self,
+        stage: str,
+        steps: int,
+        every: float,
+        meter: Meter,
+        guard: Guard,
+        bill: Bill,
+        price: Price,
+    ) -> None:
         self._stage = stage
         self._steps = steps
+        self._meter = meter
+        self._guard = guard
+        self._bill = bill
+        self._price = price
         self._terminal = sys.stderr.isatty()
         self._every = 0.5 if self._terminal else every
         self._active = dist.get_global_rank() == 0
@@ -30,57 +47,53 @@ class Progress(Callback):
         if self._active and self._terminal:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
+            from rich.table import Column
 
+            name = Column(min_width=len(self._stage), no_wrap=True)
             self._bar = Progress(
-                TextColumn(self._stage),
-                BarColumn(),
+                TextColumn(self._stage, table_column=name),
+                BarColumn(bar_width=16),
                 TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.description}"),
                 console=Console(stderr=True),
                 auto_refresh=False,  # no thread that competes with the trainer
             )
             self._bar.start()
             self._task = self._bar.add_task("", total=self._steps)
-        self._began = self._reset(state)
-
-    def before_dataloader(self, state: State, logger: Logger) -> None:
-        self._waiting_since = time.perf_counter()
-
-    def after_dataloader(self, state: State, logger: Logger) -> None:
-        self._waited += time.perf_counter() - self._waiting_since
+        self._began: float | None = None
+        self._since = time.perf_counter()
+        self._shown = self._meter.totals
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        self._losses.append(state.total_loss_dict["loss/train/total"])
         step, now = state.timestamp.batch.value, time.perf_counter()
+        if self._began is None:  # the first step compiles and fills caches: no measure for the rest
+            self._began, self._first = now, step
         if now - self._since < self._every and step != self._steps:
             return
-        seconds = now - self._since
-        rate = (state.timestamp.sample.value - self._samples) / seconds
-        loss = sum(self._losses) / len(self._losses)
-        waited = self._waited / seconds
-        done = step - self._first_step
-        left = (now - self._began) / done * (self._steps - step)
-        logger.log_metrics({"train/samples_per_second": rate, "train/data_wait_share": waited})
+        window = self._meter.totals - self._shown
+        self._shown, self._since = self._meter.totals, now
+        rates = window.rates(self._price.peak_flops)
+        words = [f"loss {window.mean_loss():.4f}"]
+        if step > self._first:
+            left = (now - self._began) / (step - self._first) * (self._steps - step)
+            words.append(f"ETA {_clock(left)}")
+        words.append(f"{rates['samples_per_second']:.0f} samples/s")
+        if "mfu" in rates:
+            words.append(f"MFU {rates['mfu']:.0%}")
+        else:
+            words.append(f"{rates['tflops_per_device']:.3g} TFLOP/s")
+        words.append(f"data wait {rates['data_wait_share']:.1%}")
+        if self._price.dollars_per_hour is not None:
+            dollars = self._bill.device_seconds() / 3600 * self._price.dollars_per_hour
+            words.append(f"${dollars:,.2f}")
+        if self._guard.skipped:
+            words.append(f"{self._guard.skipped} skipped")
         if self._active:
-            self._show(
-                step,
-                f"loss {loss:.4f}  {rate:.0f} samples/s  data wait {waited:.1%}  "
-                f"ETA {_clock(left)}",
-            )
-        self._reset(state)
+            self._show(step, "  ".join(words))
 
     def close(self, state: State, logger: Logger) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-    def _reset(self, state: State) -> float:
-        if not hasattr(self, "_first_step"):
-            self._first_step = state.timestamp.batch.value
-        self._losses: list[float] = []
-        self._waited = 0.0
-        self._samples = state.timestamp.sample.value
-        self._since = time.perf_counter()
-        return self._since
 
     def _show(self, step: int, text: str) -> None:
         if self._bar is not None:

@@ -1,11 +1,13 @@
 """Training's random numbers: of a step (seed, stage, step, place in the global batch), drawn on the
-device, and of a sample (seed, stage, source, key, epoch), drawn where it is read.
+device, and of a sample (seed, stage, source, key, epoch), drawn where it is read. After a roll-back
+the stage's part of every key says so (`stage_key`), and nothing else changes.
 
 Nothing here reads or moves torch's global generator, so a run that was killed and resumed, or that
 goes on with another number of ranks, draws the very same noise.
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +40,21 @@ def keyed_seed(*key: int | str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def stage_key(stage: str, rollbacks: int) -> str:
+    """The stage's part of a key: its name, and after roll-backs how many there were.
+
+    A stage's name holds no slash, so no two keys are the same.
+    """
+    return f"{stage}/{rollbacks}" if rollbacks else stage
+
+
+def picture_noise(seed: int, indexes: Iterable[int], latent: tuple[int, int, int]) -> Tensor:
+    """Unit normal (N, C, S, S) that a sampler begins with; that of picture i is a function of
+    (seed, i)."""
+    generators = (torch.Generator().manual_seed(keyed_seed(seed, "picture", i)) for i in indexes)
+    return torch.stack([torch.randn(latent, generator=generator) for generator in generators])
+
+
 def draw(
     key: tuple[int | str, ...],
     batch_size: int,
@@ -52,7 +69,7 @@ def draw(
     makes the numbers independent of how many ranks and micro-batches share the work.
 
     Args:
-        key: (seed, stage, step).
+        key: (seed, `stage_key`, step).
         batch_size: samples over all ranks.
         latent: (C, S, S).
         tokens: patches of one latent.

@@ -69,7 +69,8 @@ class FillsUp(Callback):
 
 
 def names(path: Path) -> list[str]:
-    return sorted(p.name for p in path.iterdir())
+    """Without the figures."""
+    return sorted({p.name for p in path.iterdir()} - {"metrics.jsonl", "loss.png"})
 
 
 def same(a: Path, b: Path) -> bool:

@@ -81,7 +81,7 @@ def tree(root: Path) -> list[str]:
 
 def test_what_is_copied(whole: tuple[Path, Path]) -> None:
     run, copy = whole
-    names = ("live.safetensors", "model.safetensors", "settings.json")
+    names = ("live.safetensors", "metrics.jsonl", "model.safetensors", "settings.json")
     last = {"masked": "step-00000006.pt", "full": "step-00000007.pt"}
     assert tree(copy) == sorted(
         f"{stage}/{name}" for stage in STAGES for name in (*names, last[stage])
@@ -153,7 +153,7 @@ def test_a_store_that_fails_does_not_stop_the_training(
     assert main([str(path)]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert any(line.startswith("checkpoint.remote: cannot write") for line in lines)
-    assert lines[-1].startswith("train: 8 files of ")
+    assert lines[-1].startswith("train: 10 files of ")
     assert "3 attempts failed" in lines[-1]
     assert equal(tmp_path / "run/model.safetensors", whole[0] / "model.safetensors")
     blocked.unlink()

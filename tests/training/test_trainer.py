@@ -16,44 +16,24 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from composer import Callback
 from safetensors.torch import load_file
 
 from pipeline.core.errors import SettingError
 from tests.training.groups import make_encoders, make_source, settings
+from tests.training.runs import Watch, equal, last_losses, plan_of, run_process
 from training import assemble, weights
 from training.checkpoints import allow_only_data, read
-from training.config import resolve
 from training.dit import MicroDiT
 from training.folder import StageFolder
 from training.leftovers import SHM, run_number
 from training.optim import learning_rate
-from training.preflight import Plan, check
+from training.preflight import Plan
 from training.train import main
 
 # Composer's and streaming's own warnings; ours go through SettingError.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 ROOT = Path(__file__).parents[2]
-
-# argv: settings as JSON, a file for the losses, "RUN STEP" after which the process kills itself.
-KILLED_RUN = """
-import json, os, signal, sys
-from composer import Callback
-from training.assemble import run
-from training.config import resolve
-from training.preflight import check
-
-class Record(Callback):
-    def batch_end(self, state, logger):
-        place = f"{state.run_name} {state.timestamp.batch.value}"
-        with open(sys.argv[2], "a") as file:
-            print(place, repr(state.total_loss_dict["loss/train/total"]), file=file)
-        if place == sys.argv[3]:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-run(check(resolve(json.loads(sys.argv[1]))), [Record()])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -64,41 +44,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     make_source(folder / "data", encoders)
     make_source(folder / "data", encoders, resolution=128)
     return settings(folder / "data", encoders, folder / "unset")
-
-
-def plan_of(data: dict[str, Any], path: Path, **changes: Any) -> Plan:
-    return check(resolve({**data, "folder": str(path), **changes}))
-
-
-def equal(a: Path, b: Path) -> bool:
-    """Whether two weights files hold the same bits."""
-    first, second = load_file(a), load_file(b)
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
-class Watch(Callback):
-    """Losses and learning rates of every step, by run name."""
-
-    def __init__(self) -> None:
-        self.losses: dict[str, list[float]] = {}
-        self.rates: dict[str, list[float]] = {}
-
-    def batch_end(self, state, logger) -> None:
-        loss = state.total_loss_dict["loss/train/total"]
-        self.losses.setdefault(state.run_name, []).append(loss)
-        self.rates.setdefault(state.run_name, []).append(state.optimizers[0].param_groups[0]["lr"])
-
-
-def run_process(raw: dict[str, Any], losses: Path, kill_at: str = "never") -> int:
-    """Trains in a process of its own, which kills itself after the step it is told."""
-    command = [sys.executable, "-W", "ignore", "-c", KILLED_RUN, json.dumps(raw), str(losses)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, kill_at], env=env, timeout=300).returncode
-
-
-def last_losses(path: Path) -> dict[str, str]:
-    """Step -> loss as written last; a resumed run repeats the steps since its checkpoint."""
-    return dict(line.rsplit(" ", 1) for line in path.read_text().splitlines())
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +107,8 @@ def test_what_a_run_leaves(trained: tuple[Plan, Watch]) -> None:
         for stage, last in (("full", 7), ("masked", 10))
         for name in (
             "live.safetensors",
+            "loss.png",
+            "metrics.jsonl",
             "model.safetensors",
             "settings.json",
             f"step-{last:08d}.pt",
@@ -273,26 +220,6 @@ def test_micro_batches_do_not_change_the_result(
     assert watch.losses["toy-masked"] == pytest.approx(expected, rel=1e-3)
 
 
-class Poison(Callback):
-    """Makes a weight infinite after a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def batch_end(self, state, logger) -> None:
-        if state.timestamp.batch.value == self.step:
-            next(iter(state.model.parameters())).data.fill_(float("inf"))
-
-
-def test_nan_stops_before_it_is_saved(data: dict[str, Any], tmp_path: Path) -> None:
-    plan = plan_of(data, tmp_path / "run")
-    with pytest.raises(SettingError, match="stage masked, step 6: the loss is nan"):
-        assemble.run(plan, [Poison(5)])
-    path = StageFolder(tmp_path / "run/masked")
-    assert [p.name for p in path.checkpoints()] == ["step-00000004.pt"]
-    assert all(value.isfinite().all() for value in read(path.checkpoint(4)).model.values())
-
-
 class Evil:
     """Unpickling this would write a file."""
 
@@ -360,19 +287,25 @@ def test_no_room_for_a_checkpoint(
     with pytest.raises(SettingError, match=r"No space left on device; the last good .*00004.pt"):
         assemble.run(plan_of(data, tmp_path / "run"))
     files = sorted(path.name for path in (tmp_path / "run/masked").iterdir())
-    assert files == ["settings.json", "step-00000004.pt"]
+    assert files == ["metrics.jsonl", "settings.json", "step-00000004.pt"]
 
 
 def test_tensorboard(data: dict[str, Any], tmp_path: Path) -> None:
     stages = {"masked": data["stages"]["masked"] | {"steps": 5, "clip": 1.0}}
-    plan = plan_of(data, tmp_path / "run", stages=stages, logging={"to": ["tensorboard"]})
+    plan = plan_of(
+        data, tmp_path / "run", stages=stages, logging={"to": ["tensorboard"], "every_steps": 2}
+    )
     assemble.run(plan)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "run/masked/tensorboard/toy-masked")).Reload()
     names = events.Tags()["scalars"]
-    assert {"loss/train/total", "train/lr", "train/grad_norm", "train/data_wait_share"} <= {*names}
-    assert len(events.Scalars("train/lr")) == 5
+    expected = ("loss", "loss_mean", "lr", "grad_norm", "samples_per_second", "tflops_per_device")
+    assert {f"train/{name}" for name in expected} <= {*names}
+    assert {"train/data_wait_share", "train/device_hours", "eval/live/mean", "eval/ema/q06"} <= {
+        *names
+    }
+    assert [event.step for event in events.Scalars("train/lr")] == [2, 4, 5]
 
 
 @pytest.mark.slow
