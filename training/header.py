@@ -66,10 +66,11 @@ def read_record(path: Path) -> dict[str, Any]:
 def file_hash(path: Path) -> str:
     """sha256 of a file's bytes, in hex; read once for as long as the file stays the same."""
     stat = path.stat()
-    return _hash(path, stat.st_size, stat.st_mtime_ns)
+    # The clock behind the times ticks every few milliseconds; a file put in its place is another.
+    return _hash(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.lru_cache(16)
-def _hash(path: Path, size: int, mtime_ns: int) -> str:
+def _hash(path: Path, inode: int, size: int, mtime_ns: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
