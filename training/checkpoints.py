@@ -125,12 +125,19 @@ def read(path: Path) -> CheckpointState:
     """A checkpoint's weights, averages and optimizer state, on the CPU.
 
     Raises:
-        SettingError: not there, truncated, or holding more than data.
+        SettingError: not there, truncated, holding more than data, or of another stage than the
+            folder is named after.
     """
     try:
         state = load(path)["state"]
         averages = state["callbacks"]["EMA"]["averages"]
         _ = state["timestamp"], state["dataset_state"]  # Composer would do without
+        run, stage = state["run_name"], path.parent.name
+        if not run.endswith(f"-{stage}"):
+            raise SettingError(
+                f"{path}: is of run {run}, not of stage {stage}; put the stage's own there, or "
+                "remove it"
+            )
         callbacks = state["callbacks"]
         return CheckpointState(
             path,

@@ -261,6 +261,22 @@ def test_unusable_checkpoints(
     assert not sign.exists()
 
 
+@pytest.mark.parametrize(("stage", "step"), [("full", 4), ("masked", 10)])
+def test_a_checkpoint_of_another_stage(
+    data: dict[str, Any], trained: tuple[Plan, Watch], tmp_path: Path, stage: str, step: int
+) -> None:
+    """Where a stage would go on from it, and where the next stage would begin with it."""
+    source = trained[0].config.run_folder()
+    other = {"full": "masked/step-00000010.pt", "masked": "full/step-00000007.pt"}[stage]
+    copy = tmp_path / "run"
+    shutil.copytree(source, copy)
+    shutil.rmtree(copy / "full")
+    (copy / stage).mkdir(exist_ok=True)
+    shutil.copy(source / other, copy / stage / f"step-{step:08d}.pt")
+    with pytest.raises(SettingError, match=rf"is of run toy-\w+, not of stage {stage}; "):
+        assemble.run(plan_of(data, copy))
+
+
 def test_loading_runs_no_code(tmp_path: Path) -> None:
     """Composer calls torch.load with weights_only=False; the variable overrules it."""
     torch.save(Evil(tmp_path / "sign"), tmp_path / "evil.pt")
