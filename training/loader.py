@@ -10,6 +10,7 @@ import functools
 import math
 import os
 import signal
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -151,6 +152,8 @@ def make_loader(dataset: LatentText, workers: int, trimmed: bool) -> StreamingDa
     assert size is not None
     # Those that a process makes ahead, and one that the trainer is at.
     buffers = functools.partial(Pool, workers, PREFETCH + 1)
+    ending = torch.zeros(1, dtype=torch.uint8).share_memory_()
+    Finalize(None, ending.fill_, (1,), exitpriority=10)  # before the library ends the processes
     return StreamingDataLoader(
         dataset,
         batch_size=size,
@@ -168,14 +171,19 @@ def make_loader(dataset: LatentText, workers: int, trimmed: bool) -> StreamingDa
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         drop_last=True,
-        worker_init_fn=_ignore_sigterm,
+        worker_init_fn=functools.partial(_outlive_sigterm, ending),
     )
 
 
-def _ignore_sigterm(worker: int) -> None:
-    """Slurm sends it to all processes of a job. The trainer ends its step, for which it needs its
-    loaders, and then them."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _outlive_sigterm(ending: torch.Tensor, worker: int) -> None:
+    """Slurm sends it to all processes of a job, and the trainer ends its step, for which it needs
+    its loaders. When the trainer itself ends, the library sends it, and waits for them."""
+
+    def ask(number: int, frame: Any) -> None:
+        if ending.item():
+            os._exit(0)  # as torch's own handler; it takes any other end for a failure
+
+    signal.signal(signal.SIGTERM, ask)
 
 
 def collate(
