@@ -117,7 +117,12 @@ def _attempt(
         rollbacks = max(rollbacks, read(resume).rollbacks)
     if start is not None:
         bill.at_least(start.device_seconds)
-    model = DiffusionModel(_network(plan, name, start, resume), _objective(plan, name, rollbacks))
+    network = _network(plan, name, start, resume)
+    if config.precision == "fp64":
+        network.double()
+    if config.compile:
+        network.compile_blocks()
+    model = DiffusionModel(network, _objective(plan, name, rollbacks))
     if dist.get_global_rank() == 0:
         folder.begin(plan, name)  # now that the weights are known to fit
         mirror.put_records(path)
@@ -239,6 +244,8 @@ def _trainer(
     precision = config.precision
     if precision == "auto":
         precision = "amp_bf16" if device.name == "gpu" else "fp32"
+    elif precision == "fp64":
+        precision = "fp32"  # as Composer calls it: no autocast
     elif precision == "amp_bf16" and device.name == "cpu":
         raise SettingError("precision=amp_bf16: Composer has it on GPUs only; use auto or fp32")
     try:

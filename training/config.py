@@ -297,7 +297,9 @@ class Config(Section):
     folder: str = ""  # default runs/<name>
     seed: Annotated[int, Field(ge=0)] = 18
     init_from: str = ""  # run folder or weights file to start from; default: random weights
-    precision: Literal["auto", "fp32", "amp_bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
+    # auto: bf16 through autocast on CUDA, fp32 on CPU. fp64 is for comparisons, not for training.
+    precision: Literal["auto", "fp64", "fp32", "amp_bf16"] = "auto"
+    compile: bool = False  # the network's blocks through torch.compile: a slow start, faster steps
     # released: as the published code trains, which applies neither its averages of the weights nor
     # its experts' learning rate; `resolve` sets ema and optimizer.expert_lr to what that means.
     fidelity: Literal["intended", "released"] = "intended"

@@ -48,14 +48,14 @@ class DiffusionModel(ComposerModel):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Loss of each sample of a micro-batch, float32 (B,)."""
-        objective, index = self.objective, batch["index"]
-        draws = self._draw(batch["latents"].device)
+        objective, index, latents = self.objective, batch["index"], self._latents(batch)
+        draws = self._draw(latents.device)
         y, y_mask = drop_captions(
             batch["y"], batch.get("y_mask"), batch["drop"] < objective.caption_drop
         )
         return objective.denoiser.loss(
             self.dit,
-            batch["latents"],
+            latents,
             objective.denoiser.level(draws.level[index]),
             draws.noise[index],
             y,
@@ -70,7 +70,7 @@ class DiffusionModel(ComposerModel):
         decide its level. No patch is masked and no caption dropped."""
         denoiser, level = self.objective.denoiser, self.objective.denoiser.level(normal)
         y, y_mask = batch["y"], batch.get("y_mask")
-        return denoiser.loss(self.dit, batch["latents"], level, noise, y, y_mask)
+        return denoiser.loss(self.dit, self._latents(batch), level, noise, y, y_mask)
 
     def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """Mean over the micro-batch."""
@@ -86,6 +86,11 @@ class DiffusionModel(ComposerModel):
             self.dit.config, self._ratio(), batch["y"].shape[1], self.objective.mask
         )
         return STEP_PASSES * forward * len(batch["latents"])
+
+    def _latents(self, batch: dict[str, Tensor]) -> Tensor:
+        # All is computed in their precision, or in float32 where that is higher.
+        double = self.dit.pos_embed.dtype == torch.float64
+        return batch["latents"].double() if double else batch["latents"]
 
     def _ratio(self) -> float:
         return ratio_at(self.objective.mask_ratio, self.step)

@@ -17,6 +17,7 @@ BENCHMARKS = {
     "model": "tests.bench.model:rows",
     "overhead": "tests.bench.overhead:rows",
     "size": "tests.bench.size:rows",
+    "text": "tests.bench.text:rows",
 }
 
 

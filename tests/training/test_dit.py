@@ -436,3 +436,23 @@ def test_finer_grid_with_a_decoder() -> None:
     assert torch.equal(model.decoder.pos_embed.view(8, 8, -1)[::2, ::2], coarse)
     x, c_noise, y = inputs(model.config)
     assert model(x, c_noise, y).shape == (3, 4, 16, 16)
+
+
+# --- compiled blocks
+
+
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.5])
+def test_compiled_blocks_compute_the_same(mask_ratio: float) -> None:
+    """Captured as graphs, which would fail at code that cannot be; inductor takes minutes here."""
+    model, compiled = random_model(), random_model()
+    names = list(compiled.state_dict())
+    compiled.compile_blocks("aot_eager")
+    x, c_noise, y = inputs()
+    noise = torch.rand(len(x), model.config.tokens, generator=torch.Generator().manual_seed(0))
+    mask = Deferred().draw(noise, mask_ratio)
+    for network in (model, compiled):
+        network(x, c_noise, y, mask=mask).square().sum().backward()
+    for (name, a), b in zip(model.named_parameters(), compiled.parameters(), strict=True):
+        assert a.grad is not None
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+    assert list(compiled.state_dict()) == names
