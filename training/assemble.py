@@ -38,7 +38,8 @@ from training.preflight import Plan, network_config, world_size
 from training.randomness import keyed_seed, stage_key
 from training.stopping import StopAtSignal
 
-DIST_S, FETCH_S = 300.0, 7200.0  # that ranks wait for each other
+COMPILED_MULTIPLE = 16  # caption rows of a batch: fewer lengths, fewer graphs
+WAIT_S = 7200.0  # that ranks wait for the first: it fetches, saves and exports gigabytes
 
 
 def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
@@ -57,8 +58,7 @@ def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
     allow_only_data()
     checkpoint, before = plan.config.checkpoint, None
     if world_size() > 1:
-        # Long, where the others wait for the first to fetch what may be gigabytes.
-        dist.initialize_dist(get_device(None), FETCH_S if checkpoint.remote else DIST_S)
+        dist.initialize_dist(get_device(None), WAIT_S)
     first = dist.get_global_rank() == 0
     if first:
         fetch(plan)
@@ -66,12 +66,14 @@ def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
     bill = Bill(world_size())
     left = folder.unfinished(plan)
     url = checkpoint.remote if first else ""
+    stop = StopAtSignal()
     with Mirror(plan.config.run_folder(), url, checkpoint.keep) as mirror:
         for name, stage in plan.config.stages.items():
             path = folder.stage_folder(plan, name)
             if name in left:
-                _run_stage(plan, name, path, before, bill, callbacks, mirror)
-            else:
+                stop.folder = path
+                _run_stage(plan, name, path, before, bill, callbacks, mirror, stop)
+            elif path.finished():
                 say(f"stage {name}: finished before, not run again")
                 mirror.catch_up(path)
             before = path.checkpoint(stage.steps)
@@ -85,10 +87,10 @@ def _run_stage(
     bill: Bill,
     callbacks: Sequence[Callback],
     mirror: Mirror,
+    stop: StopAtSignal,
 ) -> None:
     """One stage, from its last checkpoint again whenever the guard says so."""
     bill.at_least(of_first_rank(journal.last(path.metrics, "train/device_hours") or 0.0) * 3600)
-    stop = StopAtSignal(name)  # one for all attempts: a signal must not be lost between two
     while True:
         back = _attempt(plan, name, path, before, bill, callbacks, mirror, stop)
         if back is None:
@@ -141,19 +143,18 @@ def _attempt(
         if done < stage.steps:
             trainer.fit()
         if dist.get_global_rank() == 0:
+            _export(plan, name, path, model, ema)
             curve.draw(journal.read(path.metrics), f"{config.name}, stage {name}", path.curve)
-            try:
-                _export(plan, name, path, model, ema)
-            except OSError as error:
-                raise StorageError(
-                    f"cannot write the weights of stage {name} to {path.path}: {error}; its last "
-                    "checkpoint is there, and the same command goes on from it"
-                ) from error
             mirror.put_weights(path)
             say(f"stage {name}: finished, weights in {config.run_folder() / folder.MODEL}")
         return None
     except RollBack as back:
         return back.with_traceback(None)
+    except OSError as error:
+        raise StorageError(
+            f"stage {name}, in {path.path}: {error}; its last checkpoint is there, and the same "
+            "command goes on from it"
+        ) from error
     finally:
         trainer.close()
 
@@ -240,7 +241,10 @@ def _trainer(
     config, stage = plan.config, plan.config.stages[name]
     device = get_device(None)
     dataset = make_dataset(plan, name, rollbacks=rollbacks)
-    loader = make_loader(dataset, config.data.workers, config.data.text == "trimmed")
+    multiple = COMPILED_MULTIPLE if config.compile else 1
+    loader = make_loader(dataset, config.data.workers, config.data.text == "trimmed", multiple)
+    optimizer = make_optimizer(model, config.optimizer, stage.lr)
+    loggers = make_loggers(config, path.path)
     precision = config.precision
     if precision == "auto":
         precision = "amp_bf16" if device.name == "gpu" else "fp32"
@@ -255,9 +259,9 @@ def _trainer(
                 loader, get_num_samples_in_batch=lambda batch: len(batch["latents"])
             ),
             max_duration=f"{stage.steps}ba",
-            optimizers=make_optimizer(model, config.optimizer, stage.lr),
+            optimizers=optimizer,
             callbacks=callbacks,
-            loggers=make_loggers(config, path.path),
+            loggers=loggers,
             run_name=f"{config.name}-{name}",
             progress_bar=False,
             spin_dataloaders=False,
@@ -268,12 +272,15 @@ def _trainer(
             device_train_microbatch_size=stage.microbatch or stage.batch_size // world_size(),
             seed=keyed_seed(config.seed, "global", name) % (1 << 31),
         )
-    except Exception as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, KeyError) as error:
         if resume is None:
             raise
         raise SettingError(
-            f"cannot go on from {resume}: {' '.join(str(error).split())[:300]}; remove the file to "
-            "go on from the checkpoint before it, or from the beginning of the stage"
+            f"cannot go on from {resume}: {' '.join(str(error).split())[:300]}; if the file is at "
+            "fault, move it away to go on from the checkpoint before it, or from the beginning of "
+            "the stage"
         ) from error
 
 

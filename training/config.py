@@ -217,6 +217,15 @@ class Stage(Section):
             )
         if self.warmup >= self.steps and self.warmup:
             raise ValueError(f"warmup {self.warmup}: must be shorter than steps {self.steps}")
+        if self.ema_start > self.steps:
+            raise ValueError(
+                f"ema_start {self.ema_start}: beyond the stage's {self.steps} steps, so there "
+                "would be no average"
+            )
+        if self.final_lr and self.schedule == "constant":
+            raise ValueError(
+                f"final_lr {self.final_lr} with schedule constant: set schedule cosine"
+            )
         if self.ema_start and self.ema is None:
             raise ValueError(f"ema_start {self.ema_start} without ema: give a decay, e.g. 0.9999")
         if isinstance(self.ema, list) and len(self.averages()) < len(self.ema):
@@ -304,6 +313,7 @@ class Config(Section):
     # its experts' learning rate; `resolve` sets ema and optimizer.expert_lr to what that means.
     fidelity: Literal["intended", "released"] = "intended"
     dry_run: bool = False  # print the resolved config and the costs, train nothing
+    stage: str = ""  # run this one alone; the one before it has to be finished
     data: Data
     model: Model
     objective: Literal["edm", "flow"] = "edm"  # see training.objectives
@@ -319,6 +329,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        if self.stage and self.stage not in self.stages:
+            near = nearest(self.stage, self.stages) or f"; stages: {', '.join(self.stages)}"
+            raise ValueError(f"stage {self.stage}: no such stage{near}")
+        first, stage = next(iter(self.stages.items()))
+        if stage.keep_moments:
+            raise ValueError(f"stages.{first}.keep_moments: no stage before has moments; remove it")
         if self.edm is not None and self.objective != "edm":
             raise ValueError(f"edm: not read by objective {self.objective}; remove the section")
         for name, stage in self.stages.items():

@@ -30,7 +30,7 @@ from training.layers import (
 )
 from training.masking.tokens import TokenMask
 
-GRAPHS_PER_BLOCK = 16  # levels of a mask's schedule, captions' padded lengths, inference
+GRAPHS_PER_BLOCK = 512  # levels of a mask's schedule times captions' padded lengths; inference
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import SettingError
-from pipeline.core.store import Store
+from pipeline.core.store import Store, fingerprint
 from training import initial
 from training.preflight import Plan
 
@@ -104,8 +104,19 @@ def stage_folder(plan: Plan, name: str) -> StageFolder:
 
 
 def unfinished(plan: Plan) -> list[str]:
-    """The stages that are left to run, in order."""
-    return [name for name in plan.config.stages if not stage_folder(plan, name).finished()]
+    """The stages that are left to run, in order; of one that is asked for, itself."""
+    wanted = [plan.config.stage] if plan.config.stage else plan.config.stages
+    return [name for name in wanted if not stage_folder(plan, name).finished()]
+
+
+def link_last(plan: Plan) -> None:
+    """The run's weights are those of its last finished stage, also where a kill came between."""
+    finished = [
+        f for f in (stage_folder(plan, name) for name in plan.config.stages) if f.finished()
+    ]
+    own = plan.config.run_folder() / MODEL
+    if finished and not (own.exists() and _same(own, finished[-1].model)):
+        link(finished[-1].model, own)
 
 
 def check(plan: Plan) -> None:
@@ -114,11 +125,19 @@ def check(plan: Plan) -> None:
     Raises:
         SettingError: names the settings, old and new.
     """
-    for name in plan.config.stages:
+    names = list(plan.config.stages)
+    asked = plan.config.stage
+    before = names[names.index(asked) - 1] if asked and asked != names[0] else None
+    if before and not stage_folder(plan, before).finished():
+        raise SettingError(
+            f"stage={asked}: goes on from stage {before}, which is not finished in "
+            f"{plan.config.run_folder()}; run it first"
+        )
+    for name in names:
         folder = stage_folder(plan, name)
         if folder.settings.exists():
             begun = json.loads(folder.settings.read_text())
-            changes = _differences(begun, decisive_settings(plan, name))
+            changes = differences(begun, decisive_settings(plan, name))
             if changes:
                 raise SettingError(
                     f"{folder.path} was begun with other settings ({'; '.join(changes[:5])}); "
@@ -143,8 +162,13 @@ def decisive_settings(plan: Plan, name: str) -> dict[str, Any]:
     own = stage.model_dump(mode="json", exclude={"save_every", "microbatch", "sources"})
     first = name == next(iter(config.stages))
     start = {"init_from": initial.content_hash(config)} if config.init_from and first else {}
+    names = list(config.stages)
+    before = names[names.index(name) - 1] if not first else None
     return start | {
+        # The stage before, and what decided its result: this one goes on from its weights.
+        "after": f"{before} {fingerprint(decisive_settings(plan, before))}" if before else None,
         "seed": config.seed,
+        "precision": "fp64" if config.precision == "fp64" else None,  # moments and averages too
         "data": data | {"sources": config.sources_of(stage)},
         "vae": source.latents.vae.model_dump(mode="json"),
         "text_encoder": source.text.text_encoder.model_dump(mode="json"),
@@ -168,11 +192,19 @@ def link(target: Path, name: Path) -> None:
     os.replace(part, name)
 
 
-def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+def _same(a: Path, b: Path) -> bool:
+    """The same file, or, where links do not work, a copy of its size that is not older."""
+    one, other = a.stat(), b.stat()
+    copied = one.st_size == other.st_size and one.st_mtime_ns >= other.st_mtime_ns
+    return os.path.samestat(one, other) or copied
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """ "key: old -> new" for everything in which two records of settings differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             line
             for name in sorted(old.keys() | new.keys())
-            for line in _differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+            for line in differences(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
         ]
     return [] if old == new else [f"{key}: {old} -> {new}"]

@@ -65,7 +65,13 @@ class LatentText(StreamingDataset):
         draws: tuple[int | str, ...],
         shuffle: bool = True,
     ) -> None:
-        super().__init__(streams=streams, batch_size=batch_size, shuffle=shuffle, shuffle_seed=seed)
+        super().__init__(
+            streams=streams,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            shuffle_seed=seed,
+            num_canonical_nodes=1,  # else the order would depend on the number of nodes
+        )
         self.vae = vae
         self.shapes = shapes
         # The library repeats samples where ranks or nodes do not divide an epoch. Of one that ends
@@ -145,7 +151,9 @@ def make_dataset(plan: Plan, stage: str, shuffle: bool = True, rollbacks: int = 
         return LatentText(streams, plan.vae, shapes, batch_size, seed, (config.seed, key), shuffle)
 
 
-def make_loader(dataset: LatentText, workers: int, trimmed: bool) -> StreamingDataLoader:
+def make_loader(
+    dataset: LatentText, workers: int, trimmed: bool, multiple: int = 1
+) -> StreamingDataLoader:
     """Batches of `collate`, all full: what is left over at the end of an epoch is left out."""
     latents, tokens = dataset.shapes
     size = dataset.batch_size
@@ -161,6 +169,8 @@ def make_loader(dataset: LatentText, workers: int, trimmed: bool) -> StreamingDa
             collate,
             vae=dataset.vae,
             trimmed=trimmed,
+            multiple=multiple,
+            longest=tokens[0],
             pools=(
                 buffers(size * math.prod(latents) * torch.float32.itemsize),
                 buffers(size * math.prod(tokens) * torch.float16.itemsize),
@@ -187,12 +197,19 @@ def _outlive_sigterm(ending: torch.Tensor, worker: int) -> None:
 
 
 def collate(
-    samples: list[Sample], vae: VaeFacts, trimmed: bool, pools: tuple[Pool, Pool]
+    samples: list[Sample],
+    vae: VaeFacts,
+    trimmed: bool,
+    pools: tuple[Pool, Pool],
+    multiple: int = 1,
+    longest: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Samples -> the tensors of a batch.
 
     Args:
         pools: where latents and y are made.
+        multiple: captions are padded to a multiple of this, but not beyond `longest`: compiled code
+            has a graph for each length.
 
     Returns:
         latents float32 (B, C, h, w), shifted and scaled; y float16 (B, L, W), padded with zero rows
@@ -201,8 +218,10 @@ def collate(
         batch, which micro-batches need to find the step's random numbers.
     """
     lengths = [len(sample["tokens"]) for sample in samples]
-    longest, width = max(lengths), samples[0]["tokens"].shape[1]
-    y, sent_y = pools[1].new((len(samples), longest, width), torch.float16)
+    rows, width = max(lengths), samples[0]["tokens"].shape[1]
+    if multiple > 1:
+        rows = max(rows, min(-(-rows // multiple) * multiple, longest))
+    y, sent_y = pools[1].new((len(samples), rows, width), torch.float16)
     for row, sample, length in zip(y.numpy(), samples, lengths, strict=True):
         row[:length] = sample["tokens"]
         row[length:] = 0
@@ -218,7 +237,7 @@ def collate(
         "index": torch.arange(len(samples)),
     }
     if trimmed:
-        batch["y_mask"] = torch.arange(longest) < torch.tensor(lengths)[:, None]
+        batch["y_mask"] = torch.arange(rows) < torch.tensor(lengths)[:, None]
     return batch
 
 

@@ -190,9 +190,18 @@ def fetch(plan: Plan) -> bool:
     stages = list(plan.config.stages)
     names = {name: store.names(name) for name in stages}
     for name in stages:
+        if folder.SETTINGS not in names[name]:
+            continue
+        path = f"{name}/{folder.SETTINGS}"
+        changes = folder.differences(store.read_json(path), folder.decisive_settings(plan, name))
+        if changes:  # before anything of this run is replaced
+            raise SettingError(
+                f"checkpoint.remote={url}: {path} there is of other settings "
+                f"({'; '.join(changes[:5])}); choose another place for this run's copies"
+            )
+    for name in stages:
         for record in _matching(names[name], *_RECORDS):
             _download(store, plan, f"{name}/{record}", again=True)
-    folder.check(plan)  # before gigabytes are fetched
     for name, after in zip(stages, [*stages[1:], None], strict=True):
         path = folder.stage_folder(plan, name)
         saved = _matching(names[name], _CHECKPOINTS)[-1:]

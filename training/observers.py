@@ -129,5 +129,8 @@ def _samples(plan: Plan, name: str, subject: Subject, path: StageFolder) -> list
 
     if not settings.every:
         return []
+    if not settings.prompts and not of_first_rank(heldout.count(plan, name, split, 1)):
+        say(f"stage {name}: no shard of split {split}, no samples.prompts, so there are no samples")
+        return []
     credit = attributions([source.name for source in plan.data[name]])
     return [SampleSheets(subject, settings, captions, path.samples, credit)]

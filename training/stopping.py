@@ -10,21 +10,25 @@ import torch
 from composer import Callback, Logger, State
 from composer.utils import dist
 
+from training.folder import StageFolder
+
 EXIT_CODE = 128 + signal.SIGTERM  # as a shell reports a process that the signal ended
 
 
 class Terminated(Exception):
-    """The run was asked to end, and its state is saved."""
+    """The run was asked to end, and goes on from what the message names."""
 
 
 class StopAtSignal(Callback):
     """Ends the run after the step in which a rank got SIGTERM, and the checkpoint of that step.
 
-    It has to stand behind `SaveCheckpoints`, which asks it whether to save.
+    It has to stand behind `SaveCheckpoints`, which asks it whether to save. One serves all stages
+    of a run: a signal that comes between two of them, or between two attempts, is not lost.
     """
 
-    def __init__(self, stage: str) -> None:
-        self._stage = stage
+    def __init__(self) -> None:
+        self.folder: StageFolder | None = None
+        """Of the stage that runs."""
         self._asked = False
         self._before: Any = None
         self.now = False
@@ -44,7 +48,9 @@ class StopAtSignal(Callback):
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         if self.now:
-            raise Terminated(f"stage {self._stage}, step {state.timestamp.batch.value}")
+            assert self.folder is not None
+            saved = self.folder.checkpoints()[-1:]
+            raise Terminated(str(saved[0]) if saved else f"the beginning of {self.folder.path}")
 
     def close(self, state: State, logger: Logger) -> None:
         if self._before is not None:

@@ -1,4 +1,4 @@
-"""Other weights in the very same network: compiled or sharded, it works on as it is."""
+"""Other weights in the very same network: compiled, it works on as it is."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ from torch import Tensor, nn
 def swapped(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """In this block the network holds these weights, and they hold the network's own.
 
-    Values move, tensor by tensor and in place: no second copy of a model is made, compiled code and
-    shards, which know tensors by their address, see the change, and every bit comes back.
+    Values move, tensor by tensor and in place: no second copy of a model is made, compiled code,
+    which knows tensors by their address, sees the change, and every bit comes back.
 
     Args:
         weights: by parameter name, of the parameters' shapes, types and devices.
     """
-    _swap(network, weights)
+    # Allocated before the first value moves: want of memory must not leave half of them moved.
+    largest = max(network.parameters(), key=Tensor.numel)
+    spare = torch.empty_like(largest).flatten()
+    _swap(network, weights, spare)
     try:
         yield
     finally:
-        _swap(network, weights)
+        _swap(network, weights, spare)
 
 
 @torch.no_grad()
-def _swap(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def _swap(network: nn.Module, weights: Mapping[str, Tensor], spare: Tensor) -> None:
     for name, parameter in network.named_parameters():
-        held = parameter.clone()
+        held = spare[: parameter.numel()].view_as(parameter)
+        held.copy_(parameter)
         parameter.copy_(weights[name])
         weights[name].copy_(held)

@@ -21,6 +21,8 @@ from training.config import load
 from training.preflight import check
 from training.threads import share_cores
 
+INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
+
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0; 2 after a line on standard error that says what to change; 1 where a disk or
@@ -29,6 +31,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0 if arguments else 2
     share_cores()
+    running = False
     try:
         config = load(arguments)
         plan = check(config, need_data=not config.dry_run)
@@ -39,35 +42,43 @@ def main(arguments: list[str]) -> int:
                 print(report(plan))
             return 0
         folder.check(plan)
+        if _first_rank():
+            folder.link_last(plan)
         if folder.unfinished(plan) or config.checkpoint.remote:
             _quiet_imports()
             from training.assemble import run
             from training.stopping import EXIT_CODE, Terminated
 
+            running = True
             try:
                 run(plan)
             except Terminated as place:
                 if _first_rank():
                     print(
-                        f"train: SIGTERM: saved at {place}; the same command goes on from there",
+                        f"train: SIGTERM: the same command goes on from {place}",
                         file=sys.stderr,
                     )
                 return EXIT_CODE
         if _first_rank():
             where = config.run_folder()
-            print(f"{where} is finished; see python -m training.generate --checkpoint {where}")
+            what = f"stage {config.stage} of {where}" if config.stage else where
+            print(f"{what} is finished; see python -m training.generate --checkpoint {where}")
         return 0
     except SettingError as error:
-        if _first_rank():
+        # Settings are the same on all ranks; what goes wrong later may concern one of them alone.
+        if _first_rank() or running:
+            rank = "" if _first_rank() else f"rank {os.environ['RANK']}: "
             for line in _message(error).splitlines():
-                print(f"train: {line}", file=sys.stderr)
+                print(f"train: {rank}{line}", file=sys.stderr)
         return 2
     except StorageError as error:
         print(f"train: {error}", file=sys.stderr)  # of any rank: each may have its own disk
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:  # Composer makes the one of the other
+        if isinstance(error, SystemExit) and error.code != INTERRUPTED:
+            raise
         print("train: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def _message(error: SettingError) -> str:

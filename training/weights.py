@@ -104,6 +104,8 @@ def write(path: Path, tensors: dict[str, Tensor], passport: Passport) -> None:
             {METADATA_KEY: passport.model_dump_json()},
         )
         part.chmod(0o644)  # safetensors gives the owner alone access
+        with open(part, "rb") as file:  # its name says that a stage is finished
+            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from pipeline.core.errors import SettingError
 from pipeline.core.store import Store
 from tests.training.groups import Encoders, make_encoders, make_source, settings
 from training import folder
-from training.config import NOISE, Config, Model, load, resolve
+from training.config import NOISE, Config, Model, _keys, load, resolve
 from training.masking.ratio import ratio_at
 from training.masking.tread import Tread
 from training.preflight import MissingData, check
@@ -251,7 +252,7 @@ def test_a_stage_begun_before_a_setting_existed_goes_on(
         (
             "precision",
             "amp_bf",
-            "precision='amp_bf': input should be 'auto', 'fp32' or 'amp_bf16';",
+            "precision='amp_bf': input should be 'auto', 'fp64', 'fp32'",
         ),
         ("model.arch", "MicroDiT_XL", 'did you mean "MicroDiT_XL_2"?'),
         ("model.qkv_multipliers", [0.5], "model.qkv_multipliers.1: missing"),
@@ -265,6 +266,10 @@ def test_a_stage_begun_before_a_setting_existed_goes_on(
         ("data.sources", {"a": "2"}, "data.sources.a='2': input should be a valid number"),
         ("data.sources", ["a", "b", "a"], "data.sources: a is named twice; give sources weights"),
         ("data.sources", "toy", "data.sources='toy': input should be a valid list"),
+        ("stages.masked.ema_start", 11, "stages.masked: ema_start 11: beyond the stage's"),
+        ("stages.masked.final_lr", 0.5, "stages.masked: final_lr 0.5 with schedule constant"),
+        ("stages.masked.keep_moments", True, "stages.masked.keep_moments: no stage before"),
+        ("stage", "ful", "stage ful: no such stage"),
         (
             "data.latents",
             "moment",
@@ -418,7 +423,7 @@ def test_the_demo_keeps_its_measured_recipe() -> None:
 
 def test_muon_from_an_argument(raw: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(raw))
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
     assert load([str(path)]).optimizer.muon is None
     muon = load([str(path), "optimizer.muon={}"]).optimizer.muon
     assert muon is not None
@@ -426,9 +431,17 @@ def test_muon_from_an_argument(raw: dict[str, Any], tmp_path: Path) -> None:
     assert load([str(path), "optimizer.muon.scale=spectral"]).optimizer.muon != muon
 
 
+def test_every_setting_is_in_the_docs() -> None:
+    text = (Path(__file__).parents[2] / "docs/train.md").read_text()
+    words = set(re.findall(r"\w+", text))
+    assert not {key[-1] for key in _keys() if key[-1] != "*"} - words
+
+
 def test_weights_from_a_file_and_from_arguments(raw: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(changed(raw, "data.sources", {"a": 1, "b": 2.5})))
+    path.write_text(
+        yaml.safe_dump(changed(raw, "data.sources", {"a": 1, "b": 2.5}), sort_keys=False)
+    )
     config = load([str(path), "data.sources.b=4", "stages.full.sources={c: 1, a: 3}"])
     assert config.sources_of(config.stages["masked"]) == {"a": 1, "b": 4}
     assert config.sources_of(config.stages["full"]) == {"c": 1, "a": 3}

@@ -37,6 +37,10 @@ ROOT = Path(__file__).parents[2]
 FLOW_AND_MUON: dict[str, Any] = {"objective": "flow", "optimizer": {"muon": {}}}
 
 
+class Interrupted(Exception):
+    """Ends a run in the middle of a stage."""
+
+
 class Watch(Callback):
     """Losses of every step by place, and the rates of all groups; stops where it is told to."""
 
@@ -52,7 +56,7 @@ class Watch(Callback):
 
     def batch_checkpoint(self, state, logger) -> None:
         if self.stop_after == f"{state.run_name} {state.timestamp.batch.value}":
-            raise InterruptedError
+            raise Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +98,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     for place in ("toy-masked 3", "toy-full 3", ""):
         watch = Watch(stop_after=place)
         if place:
-            with pytest.raises(InterruptedError):
+            with pytest.raises(Interrupted):
                 assemble.run(plan, [watch])
         else:
             assemble.run(plan, [watch])
