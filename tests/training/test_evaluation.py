@@ -121,6 +121,25 @@ def test_bins_are_the_middles_of_equal_parts() -> None:
     assert quantiles(4) == [0.125, 0.375, 0.625, 0.875]
 
 
+def test_want_of_memory_moves_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    before = {name: value.clone() for name, value in network.named_parameters()}
+    other = {name: value.detach() + 1 for name, value in network.named_parameters()}
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    for name in ("empty_like", "clone"):
+        monkeypatch.setattr(torch, name, full)
+    monkeypatch.setattr(torch.Tensor, "clone", full)
+    with pytest.raises(torch.OutOfMemoryError), swapped(network, other):
+        pass
+    monkeypatch.undo()
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert torch.equal(other[name], before[name] + 1)
+
+
 def test_swapped_weights_are_seen_by_compiled_code() -> None:
     network = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     network.register_buffer("counter", torch.tensor(1))

@@ -300,6 +300,19 @@ def sizes(tmp_path_factory: pytest.TempPathFactory, encoders: Encoders) -> Laten
     return dataset
 
 
+def test_the_order_does_not_depend_on_nodes(root: Path, encoders: Encoders) -> None:
+    dataset = make_dataset(plan_of(root, encoders), "masked")
+    assert dataset.num_canonical_nodes == 1
+    dataset.batch_size, dataset.shuffle_block_size = 2, 1 << 18
+    assert dataset.epoch_size % 8 == 0
+    orders = []
+    for nodes, ranks in ((1, 4), (2, 2), (4, 1)):
+        ids = generate_work("random", dataset, World(nodes, ranks, 1, 0), 0, 0)
+        # (nodes, ranks, workers, batches, samples of a rank) -> the global batches
+        orders.append([set(batch.ravel()) for batch in np.moveaxis(ids, 3, 0)])
+    assert orders[0] == orders[1] == orders[2]
+
+
 def test_the_library_alone_repeats_samples(sizes: LatentText) -> None:
     """Why an epoch ends with a whole global batch."""
     sizes.batch_size, sizes.num_canonical_nodes, sizes.epoch_size = 2, 1, 1003

@@ -324,6 +324,36 @@ def test_tensorboard(data: dict[str, Any], tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("train/lr")] == [2, 4, 5]
 
 
+def test_one_stage_alone(
+    data: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """`stage=`: the others are left as they are; together they are the run of all."""
+    stages = {name: {**data["stages"][name], "steps": 4} for name in ("masked", "full")}
+    path, run = tmp_path / "run.yaml", tmp_path / "run"
+    path.write_text(json.dumps({**data, "stages": stages, "folder": str(run)}))
+    assert main([str(path), "stage=full"]) == 2
+    assert "stage=full: goes on from stage masked, which is not finis" in capsys.readouterr().err
+    assert main([str(path), "stage=masked"]) == 0
+    assert f"stage masked of {run} is finished" in capsys.readouterr().out
+    assert not (run / "full").exists()
+    assert main([str(path), "stage=full"]) == 0
+    assemble.run(plan_of(data, tmp_path / "whole", stages=stages))
+    assert equal(run / "model.safetensors", tmp_path / "whole/model.safetensors")
+
+
+def test_a_kill_before_the_runs_weights_are_linked(
+    data: dict[str, Any], trained: tuple[Plan, Watch], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained[0].config.run_folder(), run)
+    shutil.copy(run / "masked/model.safetensors", run / "model.safetensors")
+    os.utime(run / "model.safetensors", (0, 0))  # of the stage before, and older
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps({**data, "folder": str(run)}))
+    assert main([str(path)]) == 0
+    assert os.path.samefile(run / "model.safetensors", run / "full/model.safetensors")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "precision", "steps"), [(1, "auto", 5), (2, "fp64", 20)], ids=["one", "two"]
