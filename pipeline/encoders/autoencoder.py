@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+from pipeline.core.errors import SettingError
 from pipeline.core.manifest import VaeFacts
 from pipeline.encoders import find_vae
 
@@ -64,15 +65,23 @@ def load_vae(name: str, device: str = "cpu", dtype: str = "float32") -> ImageEnc
         dtype: what it computes in: float32, or bfloat16 through autocast.
 
     Raises:
-        SettingError: unknown name, weights not in the cache, or a folder that misses a file.
+        SettingError: unknown name, weights not in the cache, or a folder that lacks a file or some
+            of its weights.
     """
     facts, folder = find_vae(name)
-    vae: Any = AutoencoderKL.from_pretrained(
+    loaded: Any = AutoencoderKL.from_pretrained(
         folder,
         torch_dtype=torch.float32,
         local_files_only=True,
         low_cpu_mem_usage=False,  # True wants the accelerate package
+        output_loading_info=True,
     )
+    vae, info = loaded
+    if info["missing_keys"]:  # of which diffusers only warns, and leaves random numbers there
+        raise SettingError(
+            f"vae={name}: {folder} lacks {len(info['missing_keys'])} of its tensors (first: "
+            f"{sorted(info['missing_keys'])[0]}); copy its weights anew"
+        )
     vae = vae.to(device).eval().requires_grad_(False)
     if device != "cpu":
         vae = vae.to(memory_format=torch.channels_last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline.core import layout
 from pipeline.core.catalog import Catalog
@@ -21,7 +23,7 @@ from pipeline.core.manifest import read_manifest
 from pipeline.core.samples import ImageRef, ImageSample, InputShard
 from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
-from pipeline.encoders import load_text, load_vae
+from pipeline.encoders import find_vae, load_text, load_vae
 from pipeline.plan import Choice, plan
 from pipeline.sources.openmoji import BACKGROUNDS, render
 from pipeline.stages.download import Download, checked
@@ -291,6 +293,18 @@ def test_a_vae_folder_that_misses_a_file(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(SettingError, match=r"diffusion_pytorch_model\.safetensors is missing"):
         Encode("openmoji", EncodeSettings(**{**ENCODE.__dict__, "vae": str(tmp_path)}))
+
+
+def test_a_vae_that_lacks_some_of_its_weights(tmp_path: Path):
+    """diffusers would fill them with random numbers, and warn."""
+    folder = tmp_path / "vae"
+    shutil.copytree(find_vae("tiny4")[1], folder)
+    path = next(folder.glob("*.safetensors"))
+    tensors = load_file(path)
+    del tensors["encoder.conv_in.bias"]
+    save_file(tensors, path)
+    with pytest.raises(SettingError, match=r"lacks 1 of its tensors \(first: encoder.conv_in.bias"):
+        load_vae(str(folder))
 
 
 def test_download_inputs_hold_the_settings_that_decide_a_shard():
