@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -128,12 +129,17 @@ def check(root: Path, undisturbed: dict[str, bytes]) -> None:
 
 @pytest.fixture
 def clean_shared_memory() -> Iterator[None]:
-    before = set(os.listdir("/dev/shm"))
+    before = _shared_memory()
     yield
     deadline = time.monotonic() + 30  # Ray's processes notice their driver's death
-    while (left := set(os.listdir("/dev/shm")) - before) and time.monotonic() < deadline:
+    while (left := _shared_memory() - before) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert not left
+
+
+def _shared_memory() -> set[str]:
+    """Without what trainings on the same machine have there (training.leftovers)."""
+    return {name for name in os.listdir("/dev/shm") if not re.match(r"\d{14}", name)}
 
 
 def test_drivers_and_workers_killed(config, undisturbed, tmp_path, clean_shared_memory):
