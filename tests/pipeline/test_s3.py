@@ -326,7 +326,7 @@ WRONG = {
 def test_what_is_wrong_is_said_without_a_secret(server, what):
     changes, bucket, text = WRONG[what]
     with variables(server.environment(**(QUICK | changes))):
-        store = Store(f"s3://{bucket}/root")
+        store = Store(f"s3://{bucket}/pictures")
         calls = {
             "write": lambda: store.write("x", b"1"),
             "read": lambda: store.read("x"),
@@ -339,7 +339,7 @@ def test_what_is_wrong_is_said_without_a_secret(server, what):
             with pytest.raises(StorageError, match=text) as error:
                 call()
             verb = "write" if name == "write" else "read"
-            assert str(error.value).startswith(f"cannot {verb} s3://{bucket}/root/x: ")
+            assert str(error.value).startswith(f"cannot {verb} s3://{bucket}/pictures/x: ")
             assert SECRET not in str(error.value)
 
 
@@ -347,8 +347,8 @@ def test_what_is_wrong_is_said_without_a_secret(server, what):
 def test_status_says_what_is_wrong_in_one_line(server, config, what):
     changes, bucket, text = WRONG[what]
     environment = server.environment(**(QUICK | changes))
-    line = one_line(pipeline(environment, "status", config, f"s3://{bucket}/root"))
-    assert f"s3://{bucket}/root" in line
+    line = one_line(pipeline(environment, "status", config, f"s3://{bucket}/pictures"))
+    assert f"s3://{bucket}/pictures" in line
     assert text in line
 
 

@@ -20,11 +20,9 @@ from pipeline.core.manifest import TextFacts
 from pipeline.encoders import load_text
 from pipeline.encoders.openclip import OpenClip
 from tests.pipeline.text_folders import save_clip, save_t5
-from tests.training.groups import SHIPPED
-from tests.training.test_generate import passport_of
+from tests.training.test_generate import run_folder
 from training import weights
 from training.convert import main
-from training.dit import DiTConfig, MicroDiT
 from training.export import text, transformer
 from training.export.bundle import CannotBundle, bundle
 from training.export.pipeline import MicroDiTPipeline
@@ -45,31 +43,6 @@ CAPTIONS = [
     "word " * 90,
     "x" * 200,
 ]
-
-
-def run_folder(folder: Path, mode: str) -> Path:
-    """Weights of an untrained network under this name."""
-    vae, encoder = SHIPPED.facts()
-    config = DiTConfig(
-        input_size=8,
-        in_channels=vae.channels,
-        width=32,
-        depth=4,
-        head_dim=16,
-        multiple_of=16,
-        mixer_width=48,
-        mixer_depth=2,
-        num_experts=2,
-        caption_width=encoder.width,
-        caption_length=encoder.length,
-    )
-    network = MicroDiT(config)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    folder.mkdir(parents=True)
-    weights.save(folder / "model.safetensors", network, {}, passport_of(config, mode))
-    return folder
 
 
 def paint_elsewhere(folder: Path, scratch: Path, **options: Any) -> np.ndarray:

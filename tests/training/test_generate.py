@@ -51,19 +51,18 @@ def passport_of(config: DiTConfig, text: str) -> weights.Passport:
     )
 
 
-@pytest.fixture(scope="module", params=["trimmed", "full"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder with weights of an untrained network."""
+def run_folder(folder: Path, mode: str) -> Path:
+    """Weights of an untrained network under this name."""
     vae, encoder = SHIPPED.facts()
     config = DiTConfig(
         input_size=8,
         in_channels=vae.channels,
         width=32,
-        depth=2,
+        depth=4,
         head_dim=16,
         multiple_of=16,
-        mixer_width=32,
-        mixer_depth=1,
+        mixer_width=48,
+        mixer_depth=2,
         num_experts=2,
         caption_width=encoder.width,
         caption_length=encoder.length,
@@ -72,9 +71,14 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    folder = tmp_path_factory.mktemp("run")
-    weights.save(folder / "model.safetensors", network, {}, passport_of(config, request.param))
+    folder.mkdir(parents=True)
+    weights.save(folder / "model.safetensors", network, {}, passport_of(config, mode))
     return folder
+
+
+@pytest.fixture(scope="module", params=["trimmed", "full"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_folder(tmp_path_factory.mktemp("generate") / "run", request.param)
 
 
 def test_weights_round_trip(checkpoint: Path, tmp_path: Path) -> None:
@@ -187,7 +191,7 @@ def test_unusable_checkpoints(
         tensors, path, {weights.METADATA_KEY: json.dumps(record | {"objective": {"name": "x"}})}
     )
     assert "broken passport (objective: Value error, name x: known are edm, flow" in answer()
-    record["model"]["depth"] = 3
+    record["model"]["depth"] = 5
     save_file(tensors, path, {weights.METADATA_KEY: json.dumps(record)})
     assert "Missing key(s)" in answer()
 
