@@ -45,6 +45,14 @@ class Common:
     shards: Annotated[
         str, typer.Option(help="Only these input shards, e.g. 00000-00031,00100.")
     ] = ""
+    fraction: Annotated[
+        float | None,
+        typer.Option(help="Only this share of the input shards, e.g. 0.01, chosen by hash."),
+    ] = None
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Only the first input shards, whole, to about this many pictures."),
+    ] = None
     stale: Annotated[
         bool, typer.Option("--stale", help="Also redo those whose inputs changed.")
     ] = False
@@ -128,9 +136,24 @@ def download(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A source's own setting, KEY=VALUE.")
     ] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(help="Shrink a larger shorter side to this, pixels; none shrinks none."),
+    ] = None,
+    min_image_size: Annotated[
+        int | None, typer.Option(help="Reject pictures whose shorter side is smaller, pixels.")
+    ] = None,
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", help="Fetch again what failed to download, and only that."),
+    ] = False,
 ) -> dict[str, Any]:
     """Fetch pictures and captions into WebDataset tars."""
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = {
+        "rules.image_size": image_size,
+        "rules.min_image_size": min_image_size,
+        "retry_failed": retry_failed,
+    }
     for item in set_ or []:
         key, equals, value = item.partition("=")
         if not equals:
@@ -221,6 +244,7 @@ def _run(stages: list[str], common: Common, overrides: dict[str, Any]) -> None:
             f"run {'all' if len(stages) > 1 else stages[0]}: name the source with --source or "
             "--config, e.g. --source openmoji"
         )
+    retry_failed = bool(overrides.pop("retry_failed", False))
     root = common.root or default_root()
     sources: list[str | None] = [common.source]
     if common.source is None and common.config is None:
@@ -230,7 +254,7 @@ def _run(stages: list[str], common: Common, overrides: dict[str, Any]) -> None:
     reports: list[Report] = []
     for record in configs:
         for stage in stages:
-            report = run_stage(build_stage(stage, record), root, common)
+            report = run_stage(build_stage(stage, record, retry_failed), root, common, retry_failed)
             if report is not None:  # else a dry run: the stages after it have no input yet
                 reports.append(report)
     if len(reports) > 1:
@@ -239,7 +263,7 @@ def _run(stages: list[str], common: Common, overrides: dict[str, Any]) -> None:
         raise typer.Exit(1)
 
 
-def run_stage(stage: Stage, root: str, common: Common) -> Report | None:
+def run_stage(stage: Stage, root: str, common: Common, retry_failed: bool = False) -> Report | None:
     """Runs one stage of one source and prints its summary; None after a dry run.
 
     Raises:
@@ -253,7 +277,14 @@ def run_stage(stage: Stage, root: str, common: Common) -> Report | None:
     from pipeline.runner import run
 
     quota = None if common.quota is None else parse_size(common.quota)
-    choice = Choice(common.shards, common.stale, common.force)
+    choice = Choice(
+        shards=common.shards,
+        stale=common.stale,
+        force=common.force,
+        fraction=common.fraction,
+        limit=common.limit,
+        retry_failed=retry_failed,
+    )
     if common.dry_run:
         store = Store(root)
         print(preflight(stage, store, plan(stage, Catalog(store), choice), quota))

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import pkgutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.core import layout
 from pipeline.core.commits import MAX_REJECT_RATE
 from pipeline.core.errors import SettingError, nearest
+from pipeline.core.rules import Rules
 from pipeline.sources import SOURCES
 from pipeline.stages import STAGES, Stage
+
+if TYPE_CHECKING:
+    from pipeline.stages.download import Source
 
 
 class CaptionConfig(BaseModel):
@@ -51,6 +55,7 @@ class DataConfig(BaseModel):
     #: A shard with a larger share of rejects is not committed: an outage or a wrong setting.
     max_reject_rate: float = Field(default=MAX_REJECT_RATE, ge=0, le=1)
     download: dict[str, Any] = Field(default_factory=dict)  # the source's own settings
+    rules: dict[str, Any] = Field(default_factory=dict)  # what differs from the source's rules
     caption: CaptionConfig = CaptionConfig()
     encode: EncodeConfig = EncodeConfig()
 
@@ -106,7 +111,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return record
 
 
-def source_settings(config: DataConfig):
+def source_settings(config: DataConfig) -> Source:
     """The source's own settings object, validated."""
     cls = pkgutil.resolve_name(SOURCES[config.source])
     try:
@@ -115,8 +120,19 @@ def source_settings(config: DataConfig):
         raise SettingError(one_line(error, cls, f"source {config.source}: ")) from error
 
 
-def build_stage(name: str, config: DataConfig) -> Stage:
+def source_rules(config: DataConfig, source: Source) -> Rules:
+    """What pictures of this source have to meet: its defaults, then the config's."""
+    try:
+        return Rules.model_validate({**source.rules.model_dump(), **config.rules})
+    except ValidationError as error:
+        raise SettingError(one_line(error, Rules, "rules: ")) from error
+
+
+def build_stage(name: str, config: DataConfig, retry_failed: bool = False) -> Stage:
     """The stage of that name over a source's config.
+
+    Args:
+        retry_failed: see pipeline.stages.download.Download; other stages fetch nothing.
 
     Raises:
         SettingError: unknown stage, or a setting the stage cannot use.
@@ -124,7 +140,9 @@ def build_stage(name: str, config: DataConfig) -> Stage:
     known(name, STAGES, "stage")
     cls = pkgutil.resolve_name(STAGES[name])
     if name == "download":
-        return cls(config.source, source_settings(config), config.max_reject_rate)
+        settings = source_settings(config)
+        rules = source_rules(config, settings)
+        return cls(config.source, settings, config.max_reject_rate, rules, retry_failed)
     if name == "caption":
         return cls(config.source, config.caption.captioner, config.max_reject_rate)
     from pipeline.stages.encode import EncodeSettings
