@@ -17,7 +17,6 @@ import os
 import random
 import re
 import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,9 +26,9 @@ from typing import IO
 from urllib.parse import urlsplit
 
 from pipeline.core.errors import StorageError
+from pipeline.core.spool import SCRATCH_VARIABLE, scratch
 from pipeline.core.store import size as readable
 
-SCRATCH = "MICRODIT_SCRATCH"  # environment variable: where large files lie while they are read
 ATTEMPTS = 8  # in a row that bring no new byte
 BACKOFF_S = 1.0  # before the second attempt; doubles, up to LONGEST_S
 LONGEST_S = 60.0
@@ -74,20 +73,6 @@ def take_counters() -> Counter[str]:
     taken = Counter(COUNTERS)
     COUNTERS.clear()
     return taken
-
-
-def scratch() -> Path:
-    """The folder for large files, $MICRODIT_SCRATCH or one in the system's temporary folder."""
-    default = Path(tempfile.gettempdir(), f"microdit-{os.getuid()}")
-    folder = Path(os.environ.get(SCRATCH) or default)
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{SCRATCH}={folder}: {error.strerror}; name another folder") from None
-    if folder == default and folder.stat().st_uid != os.getuid():
-        # Anybody may make a folder of that name in /tmp, and then decide what we read.
-        raise StorageError(f"{folder} belongs to another user; set {SCRATCH} to a folder of yours")
-    return folder
 
 
 @contextlib.contextmanager
@@ -313,7 +298,7 @@ def _require_space(folder: Path, need: int, url: str) -> None:
     if free < need + RESERVE:
         raise StorageError(
             f"{folder}: {readable(need)} needed for {_last_part(url)}, {readable(free)} free; free "
-            f"some space, or set {SCRATCH} to a folder on a larger disk"
+            f"some space, or set {SCRATCH_VARIABLE} to a folder on a larger disk"
         )
 
 
@@ -352,5 +337,5 @@ def _explained(folder: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         raise StorageError(
-            f"{folder}: {error.strerror}; mend it, or set {SCRATCH} to another folder"
+            f"{folder}: {error.strerror}; mend it, or set {SCRATCH_VARIABLE} to another folder"
         ) from None

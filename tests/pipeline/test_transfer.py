@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import pytest
 
 from pipeline.core.errors import SettingError, StorageError
+from pipeline.core.spool import SCRATCH_VARIABLE
 from pipeline.sources import hub, transfer, transfer_http
 from pipeline.sources.transfer import TransferError, local
 from tests.pipeline.hub_server import COMMIT, SIGNATURE, Fault, HubServer
@@ -30,7 +32,7 @@ OTHER = random.Random(8).randbytes(280_000)
 
 @pytest.fixture
 def server(monkeypatch, tmp_path) -> Iterator[HubServer]:
-    monkeypatch.setenv(transfer.SCRATCH, str(tmp_path / "scratch"))
+    monkeypatch.setenv(SCRATCH_VARIABLE, str(tmp_path / "scratch"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setattr(transfer, "BACKOFF_S", 0.01)
@@ -268,11 +270,11 @@ def test_what_killed_runs_left_goes_where_space_is_short(server, monkeypatch):
 
 
 def test_a_scratch_folder_of_somebody_else_is_not_trusted(monkeypatch, tmp_path):
-    monkeypatch.delenv(transfer.SCRATCH, raising=False)
-    monkeypatch.setattr(transfer.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.delenv(SCRATCH_VARIABLE, raising=False)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     assert transfer.scratch().stat().st_mode & 0o777 == 0o700
     os.chown(transfer.scratch(), 12345, -1) if os.getuid() == 0 else pytest.skip("needs root")
-    with pytest.raises(StorageError, match="belongs to another user"):
+    with pytest.raises(StorageError, match="is another user's"):
         transfer.scratch()
 
 
@@ -287,7 +289,7 @@ def _fetch(order: Order) -> bytes:
 
 
 def test_many_processes_fetch_one_file_once(server):
-    environment = {transfer.SCRATCH: os.environ[transfer.SCRATCH]}
+    environment = {SCRATCH_VARIABLE: os.environ[SCRATCH_VARIABLE]}
     order = Order(f"{server.url}/big.tar", environment)
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         assert pool.map(_fetch, [order] * 6) == [DATA] * 6
