@@ -4,13 +4,15 @@ what is in it."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.core.store import Store, temporary_name
+from pipeline.core import process
+from pipeline.core.store import TEMPORARY, Store, temporary_name
 
 SCRATCH_VARIABLE = "MICRODIT_SCRATCH"  # a folder on a large local disk; default: the system's
 
@@ -20,7 +22,16 @@ def scratch() -> Path:
     given = os.environ.get(SCRATCH_VARIABLE)
     folder = Path(given or Path(tempfile.gettempdir(), f"microdit-{os.getuid()}"))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _sweep(folder)
     return folder
+
+
+@functools.cache
+def _sweep(folder: Path) -> None:
+    """Deletes what killed processes of this host left there."""
+    for path in folder.glob(f".*{TEMPORARY}*"):
+        if process.is_dead(path.name.split(TEMPORARY)[1].rpartition("-")[0]):
+            path.unlink(missing_ok=True)
 
 
 class Spool:
