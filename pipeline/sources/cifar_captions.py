@@ -9,6 +9,7 @@ classes"; here a class counts where its name or its plural stands as a word of i
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -37,7 +38,7 @@ class CifarCaptions(Urls):
     """Settings beyond those of `urls`."""
 
     url_list: Annotated[str, Field(min_length=1)] = "hf://datasets/kakaobrain/coyo-700m/data"
-    caption_col: Annotated[str | None, BeforeValidator(lambda v: v or None)] = "text"
+    caption_col: Annotated[str, Field(min_length=1)] = "text"  # pyright: ignore
 
     #: Words, or phrases, of which one must stand in the text; "car" and "plane" are not among them.
     classes: Annotated[tuple[str, ...], BeforeValidator(listed), Field(min_length=1)] = CLASSES
@@ -45,8 +46,6 @@ class CifarCaptions(Urls):
     min_listed_size: Annotated[int, Field(ge=0)] = 256
 
     def _list(self) -> UrlList:
-        from dataclasses import replace
-
         sizes = ("width", "height") if self.min_listed_size else ()
         return replace(
             super()._list(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -69,7 +69,7 @@ class FetchError(Exception):
 
 def fetch_all(
     settings: HttpSettings, urls: Sequence[str], seam: Any = None
-) -> Iterator[bytes | FetchError]:
+) -> Generator[bytes | FetchError, None, None]:
     """Each link's bytes, or why there are none, in the order of `urls`.
 
     Memory: the bytes that came and are not taken yet, and those on the way, stay below
@@ -78,6 +78,8 @@ def fetch_all(
     Args:
         seam: an `http_client.Seam`; tests put other resolvers and judges there.
     """
+    if not urls:
+        return
     from pipeline.sources.http_client import Client
 
     done: queue.SimpleQueue[Any] = queue.SimpleQueue()

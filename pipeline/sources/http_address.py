@@ -65,8 +65,10 @@ def public_only(address: str) -> str | None:
     for network, name in _NAMED:
         if ip.version == network.version and ip in network:
             return name
+    if ip.version == 6 and ip not in _UNICAST:
+        return "not a public address"
     # Multicast and reserved blocks are in part "global" to Python.
-    if not ip.is_global or ip.is_multicast or ip.is_reserved or ip.is_unspecified:
+    if not ip.is_global or ip.is_multicast or ip.is_reserved:
         return "not a public address"
     return None
 
@@ -101,12 +103,15 @@ class JudgedResolver(AbstractResolver):
 
 
 _ENCODED = re.compile(r"[!-~]+")  # ASCII without spaces
+_UNICAST = ipaddress.ip_network("2000::/3")  # all that is routed in public
 _NAMED = tuple(
     (ipaddress.ip_network(network), name)
     for network, name in (
         ("169.254.0.0/16", "a link-local address (cloud metadata)"),
         ("fd00:ec2::/32", "a cloud's metadata address"),
         ("168.63.129.16/32", "a cloud's metadata address"),  # Azure's; public by its number
+        ("192.0.0.0/24", "an address for protocols (a cloud's metadata)"),
+        ("3fff::/20", "an address of documentation"),  # newer than Python 3.11's tables
         ("100.64.0.0/10", "an address of a carrier's or cloud's inner network"),
         ("127.0.0.0/8", "a loopback address"),
         ("::1/128", "a loopback address"),

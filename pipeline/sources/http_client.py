@@ -49,7 +49,8 @@ class Seam:
 @dataclass
 class _Host:
     room: Room
-    next_at: float = 0.0  # of the loop's clock: when the next request may go
+    next_at: float = 0.0  # of the loop's clock: when the rate allows the next request
+    paused_until: float = 0.0  # as the host asked
     failures: int = 0  # links in a row
 
 
@@ -182,13 +183,14 @@ class Client:
     async def _paced(self, url: URL) -> None:
         """Waits until the host may be asked again."""
         host, now = self._host(url), asyncio.get_running_loop().time()
-        wait = max(0.0, host.next_at - now)
-        if wait > self.settings.deadline:
-            raise FetchError("failed_to_download", f"{url.host} asks to wait {wait:.0f} s")
+        pause = host.paused_until - now
+        if pause > self.settings.deadline:
+            raise FetchError("failed_to_download", f"{url.host} asks to wait {pause:.0f} s")
+        start = max(now, host.next_at, host.paused_until)
         if self.settings.host_rate:
-            host.next_at = now + wait + 1 / self.settings.host_rate
-        if wait:
-            await asyncio.sleep(wait)
+            host.next_at = start + 1 / self.settings.host_rate
+        if start > now:
+            await asyncio.sleep(start - now)
 
     async def _asked(self, link: _Link) -> Answer:
         """One request for a picture; a status that is neither a picture's nor a redirect's is an
@@ -230,7 +232,8 @@ class Client:
         wait = retry_after(response.headers.get("Retry-After"))
         if wait is not None:  # all who ask this host wait
             host = self._host(url)
-            host.next_at = max(host.next_at, asyncio.get_running_loop().time() + wait)
+            until = asyncio.get_running_loop().time() + wait
+            host.paused_until = max(host.paused_until, until)
         return Transient(f"HTTP {response.status}", wait)
 
     async def _robots(self, url: URL) -> Answer:

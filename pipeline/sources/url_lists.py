@@ -29,7 +29,6 @@ from pipeline.core.tables import from_parquet, to_parquet
 SCHEMA = 1
 FORMATS = ("csv", "tsv", "json", "jsonl", "txt", "parquet")  # all but the last also as .gz
 ENDINGS = (*(f"{name}.gz" for name in FORMATS[:-1]), *FORMATS)
-HASHES = ("md5", "sha256", "sha512")
 _VERSIONS = ("ETag", "etag", "Content-MD5", "Last-Modified", "LastModified", "mtime", "md5Hash")
 _SILENT = ("blob_id", "oid", "last_commit", "lfs")  # the hub's
 
@@ -42,7 +41,7 @@ class UrlList:
     input_format: str  # "auto": by the ending
     url_col: str
     caption_col: str | None
-    verify_hash: tuple[str, str] | None  # (column, one of HASHES)
+    verify_hash: tuple[str, str] | None  # (column, kind)
     number_sample_per_shard: int
     more: tuple[str, ...] = ()  # further columns that `choose` looks at
     choose: Callable[[pa.Table], pa.Table] | None = None  # of a table, the rows that are wanted
@@ -212,12 +211,17 @@ def _split(fs: Any, path: str, format: str, wanted: UrlList) -> Iterator[pa.Tabl
 def _tables(path: Path, format: str, wanted: UrlList, folder: str) -> Iterator[pa.Table]:
     """A file through img2dataset's reader, then the rows that are wanted."""
     digest = wanted.verify_hash
+    if format.startswith("txt") and wanted.caption_col is not None:
+        raise SettingError(
+            f"caption_col={wanted.caption_col}: {shown(wanted.url_list)} is a plain list of links; "
+            "set caption_col to nothing and let a captioner write captions"
+        )
     with _readable(wanted, path, format), contextlib.redirect_stdout(io.StringIO()):
         reader = _reader_class()(
             url_list=str(path),
             input_format=format,
             url_col=wanted.url_col,
-            caption_col=None if format.startswith("txt") else wanted.caption_col,
+            caption_col=wanted.caption_col,
             verify_hash_col=digest and digest[0],
             verify_hash_type=digest and digest[1],
             save_additional_columns=list(wanted.more) or None,
@@ -351,4 +355,3 @@ def _place(store: Store, folder: str, rows: pa.Table) -> str:
     if not store.exists(path):
         store.write(path, to_parquet(rows.combine_chunks()))
     return name
-

@@ -20,6 +20,8 @@ from pipeline.sources.url_lists import Row, UrlList
 
 BYTES_A_PICTURE = 120_000  # in a tar, roughly: a photograph whose shorter side is 512
 
+Hash = Literal["md5", "sha256", "sha512"]
+
 
 class Urls(HttpSettings):
     """Where the list is and how it is read; how servers are asked is in HttpSettings."""
@@ -27,12 +29,12 @@ class Urls(HttpSettings):
     rules: ClassVar[Rules] = Rules()
 
     url_list: Annotated[str, Field(min_length=1)]  # a file, or a folder of files of one format
-    input_format: Literal["auto", url_lists.ENDINGS] = "auto"  # pyright: ignore
+    input_format: Literal[("auto", *url_lists.ENDINGS)] = "auto"  # pyright: ignore
     url_col: str = "url"
+    #: None, or empty: pictures without captions, for a captioner to write.
     caption_col: Annotated[str | None, BeforeValidator(lambda v: v or None)] = "caption"
-    # null, or empty: pictures without captions, for a captioner to write
-    verify_hash: Annotated[tuple[str, Literal["md5", "sha256", "sha512"]], BeforeValidator(listed)]\
-        | None = None  # [column, kind]: what differs is left out
+    #: [column, kind]: a picture with another hash is left out.
+    verify_hash: Annotated[tuple[str, Hash] | None, BeforeValidator(listed)] = None
     number_sample_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 10_000
 
     _kept: tuple[str, str] | None = PrivateAttr(None)  # root, folder
@@ -48,7 +50,8 @@ class Urls(HttpSettings):
         if self._shards is None:
             found = url_lists.parts(*self._place(), self._list())
             self._shards = [
-                InputShard(f"{n:05d}", "train", (name, rows)) for n, (name, rows) in enumerate(found)
+                InputShard(f"{n:05d}", "train", (name, rows))
+                for n, (name, rows) in enumerate(found)
             ]
         return self._shards
 

@@ -58,6 +58,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     web: Web
     timeout = 30
+    disable_nagle_algorithm = True  # or each answer takes the 40 ms of a delayed ACK
 
     def setup(self) -> None:
         super().setup()
@@ -312,9 +313,7 @@ def certificates(folder: Path, *names: str) -> tuple[Path, ssl.SSLContext]:
     (folder / "root.pem").write_bytes(root.public_bytes(pem))
     (folder / "server.pem").write_bytes(
         leaf.public_bytes(pem)
-        + key.private_bytes(
-            pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        + key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "server.pem")
