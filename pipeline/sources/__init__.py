@@ -4,5 +4,6 @@ from __future__ import annotations
 
 #: Source name -> its settings class ("module:attribute"), resolved with pkgutil.resolve_name.
 SOURCES: dict[str, str] = {
+    "folder": "pipeline.sources.folder:Folder",
     "openmoji": "pipeline.sources.openmoji:OpenMoji",
 }
