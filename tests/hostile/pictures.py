@@ -52,11 +52,14 @@ def png(width: int, height: int, kind: tuple[int, int], body: bytes, extra: byte
 
 
 def zeros(count: int) -> bytes:
-    """That many zero bytes, deflated: about a thousandth."""
-    packer = zlib.compressobj(9)
-    block = bytes(1 << 20)
-    packed = [packer.compress(block) for _ in range(count >> 20)]
-    return b"".join([*packed, packer.compress(bytes(count & 0xFFFFF)), packer.flush()])
+    """That many zero bytes as a zlib stream, about a thousandth; made at once, whatever its size:
+    one flushed block is repeated."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    block = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    whole, rest = divmod(count, 1 << 20)
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    last = packer.compress(bytes(rest)) + packer.flush()
+    return b"\x78\xda" + block * whole + last + struct.pack(">HH", count % 65521, 1)
 
 
 def rows_of_zeros(width: int, height: int, bits: int) -> bytes:
@@ -133,7 +136,7 @@ def overfull_png() -> bytes:
 def zip_behind(data: bytes) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("../../evil.sh", "echo no")
+        archive.writestr(zipfile.ZipInfo("../../evil.sh"), "echo no")  # without the time
     return data + buffer.getvalue()
 
 
