@@ -5,5 +5,7 @@ from __future__ import annotations
 #: Source name -> its settings class ("module:attribute"), resolved with pkgutil.resolve_name.
 SOURCES: dict[str, str] = {
     "folder": "pipeline.sources.folder:Folder",
+    "hf": "pipeline.sources.hf:HubDataset",
     "openmoji": "pipeline.sources.openmoji:OpenMoji",
+    "textcaps": "pipeline.sources.textcaps:TextCaps",
 }
