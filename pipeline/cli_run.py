@@ -133,6 +133,10 @@ def _annotations() -> list[Any]:
 @app.command()
 @_stage_command
 def download(
+    kind: Annotated[
+        str | None,
+        typer.Option(help="What the source is, e.g. folder, where --source is a name of yours."),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A source's own setting, KEY=VALUE.")
     ] = None,
@@ -150,6 +154,7 @@ def download(
 ) -> dict[str, Any]:
     """Fetch pictures and captions into WebDataset tars."""
     overrides: dict[str, Any] = {
+        "kind": kind,
         "rules.image_size": image_size,
         "rules.min_image_size": min_image_size,
         "retry_failed": retry_failed,
@@ -237,7 +242,10 @@ def all_(device: Device = None) -> dict[str, Any]:
 
 def _run(stages: list[str], common: Common, overrides: dict[str, Any]) -> None:
     from pipeline.config import build_stage, default_root, load_config
+    from pipeline.core.store import Store
     from pipeline.progress import table
+    from pipeline.sources import SOURCES
+    from pipeline.status import sources_of
 
     if stages[0] == "download" and common.source is None and common.config is None:
         raise SettingError(
@@ -247,8 +255,8 @@ def _run(stages: list[str], common: Common, overrides: dict[str, Any]) -> None:
     retry_failed = bool(overrides.pop("retry_failed", False))
     root = common.root or default_root()
     sources: list[str | None] = [common.source]
-    if common.source is None and common.config is None:
-        sources = [*_sources_under(root)]
+    if stages[0] != "download" and common.config is None and common.source not in SOURCES:
+        sources = [*sources_of(Store(root), common.source)]
     overrides = {**overrides, "max_reject_rate": common.max_reject_rate}
     configs = [load_config(name, common.config, overrides) for name in sources]
     reports: list[Report] = []
@@ -320,16 +328,3 @@ def parse_size(text: str) -> int:
     if not 0 <= value < float("inf"):
         raise SettingError(f"--quota {text}: write a size, e.g. 500GB or 7TB")
     return int(value * 10**power)
-
-
-def _sources_under(root: str) -> list[str]:
-    from pipeline.core.store import Store
-    from pipeline.sources import SOURCES
-
-    found = [name for name in Store(root).folders("") if name in SOURCES]
-    if not found:
-        raise SettingError(
-            f"--root {root}: no source has been downloaded there; "
-            "start with `pipeline run download --source openmoji`"
-        )
-    return found

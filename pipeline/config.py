@@ -51,7 +51,8 @@ class DataConfig(BaseModel):
     """One file of yamls/data/."""
 
     model_config = ConfigDict(extra="forbid")
-    source: str
+    source: str  # its name: of its folder under the root, of its YAML, in reports
+    kind: str = ""  # what kind of source it is, where its name is not one of the table
     #: A shard with a larger share of rejects is not committed: an outage or a wrong setting.
     max_reject_rate: float = Field(default=MAX_REJECT_RATE, ge=0, le=1)
     download: dict[str, Any] = Field(default_factory=dict)  # the source's own settings
@@ -64,14 +65,14 @@ def load_config(source: str | None, path: Path | None, overrides: dict[str, Any]
     """The source's YAML (yamls/data/<source>.yaml where it exists, or `path`), then `overrides`.
 
     Args:
-        source: a name of the table; None takes it from the file.
+        source: a name of the table, or of a YAML that says of which kind it is; None takes it from
+            the file.
         overrides: dotted key -> value; None values are flags that were not given.
 
     Raises:
-        SettingError: unknown source, unreadable file, unknown key or wrong type.
+        SettingError: unreadable file, unknown key or wrong type.
     """
     if path is None and source is not None:
-        known(source, SOURCES, "source")
         default = Path("yamls", "data", f"{source}.yaml")
         path = default if default.is_file() else None
     record: dict[str, Any] = {}
@@ -92,7 +93,12 @@ def load_config(source: str | None, path: Path | None, overrides: dict[str, Any]
         config = DataConfig.model_validate(record)
     except ValidationError as error:
         raise SettingError(one_line(error, DataConfig)) from error
-    known(config.source, SOURCES, "source")
+    if layout.slug(config.source) != config.source or config.source.startswith("."):
+        raise SettingError(
+            f"source={config.source}: a name is one folder: letters, digits, '.', '_', '+' and '-'"
+        )
+    if config.kind:
+        known(config.kind, SOURCES, "kind")
     return config
 
 
@@ -112,8 +118,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def source_settings(config: DataConfig) -> Source:
-    """The source's own settings object, validated."""
-    cls = pkgutil.resolve_name(SOURCES[config.source])
+    """The source's own settings object, validated.
+
+    Raises:
+        SettingError: no such kind of source, or a setting that it does not have or cannot use.
+    """
+    if not config.kind and config.source not in SOURCES:
+        raise SettingError(
+            f"source={config.source}: unknown{nearest(config.source, SOURCES)}; known: "
+            f"{', '.join(SOURCES)}; for a name of your own say which of them it is with --kind, or "
+            f"`kind:` in yamls/data/{config.source}.yaml"
+        )
+    cls = pkgutil.resolve_name(SOURCES[config.kind or config.source])
     try:
         return cls.model_validate(config.download)
     except ValidationError as error:

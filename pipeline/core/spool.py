@@ -4,23 +4,45 @@ what is in it."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.core.store import Store, temporary_name
+from pipeline.core import process
+from pipeline.core.errors import StorageError
+from pipeline.core.store import TEMPORARY, Store, temporary_name
 
 SCRATCH_VARIABLE = "MICRODIT_SCRATCH"  # a folder on a large local disk; default: the system's
 
 
 def scratch() -> Path:
-    """The folder of this user's large temporary files, made if it is not there."""
-    given = os.environ.get(SCRATCH_VARIABLE)
-    folder = Path(given or Path(tempfile.gettempdir(), f"microdit-{os.getuid()}"))
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """The folder of this user's large temporary files, made if it is not there.
+
+    Raises:
+        StorageError: it cannot be made, or somebody else made it.
+    """
+    default = Path(tempfile.gettempdir(), f"microdit-{os.getuid()}")
+    folder = Path(os.environ.get(SCRATCH_VARIABLE) or default)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{SCRATCH_VARIABLE}={folder}: {error.strerror}") from error
+    if folder == default and folder.stat().st_uid != os.getuid():
+        # Anybody may make a folder of that name in /tmp, and then decide what is read.
+        raise StorageError(f"{folder} is another user's; set {SCRATCH_VARIABLE} to one of yours")
+    _sweep(folder)
     return folder
+
+
+@functools.cache
+def _sweep(folder: Path) -> None:
+    """Deletes what killed processes of this host left there."""
+    for path in folder.glob(f".*{TEMPORARY}*"):
+        if process.is_dead(path.name.split(TEMPORARY)[1].rpartition("-")[0]):
+            path.unlink(missing_ok=True)
 
 
 class Spool:

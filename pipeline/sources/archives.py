@@ -1,0 +1,296 @@
+"""Members of tars and zips from anywhere, one by one, in memory: nothing is unpacked to disk.
+
+A member that is no plain file of reasonable size and name is refused and the next one follows; an
+archive that breaks off, or expands like a bomb, is an error.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import lzma
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
+
+MEMBER_BYTES = 64 << 20  # a larger member is refused: that is all that is held in memory
+HEADER_BYTES = 16 << 10  # a long name or a PAX header; parsing larger ones is slow on purpose
+GLOBAL_HEADERS = 1000  # PAX records that hold for all members to come
+RATIO = 200  # an archive that expands by more is a bomb; text comes to 20, and gzip's limit is 1030
+RATIO_FROM = 64 << 20  # expanded bytes below which no ratio is a danger
+
+#: Never looked into, whatever they are: to load a pickle is to run it, and bombs come in layers.
+PICKLES = frozenset("pkl pickle pyd pth pt ckpt joblib".split())
+ARCHIVES = frozenset("tar tgz gz bz2 xz zip 7z rar zst tbz txz jar whl".split())
+
+
+class BrokenArchive(RuntimeError):
+    """An archive that is not whole, not what it says, or a bomb; no sample of it is used."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of an archive, or why it is none that can be used."""
+
+    name: str
+    data: bytes = b""  # empty where it was not wanted, or is refused
+    reason: str = ""  # "unsafe-member", "too-large" or "undecodable", of one that is refused
+    detail: str = ""
+
+
+def members(
+    path: Path, wanted: Callable[[str], bool] = lambda name: True, limit: int = MEMBER_BYTES
+) -> Iterator[Member]:
+    """Every file of a tar (plain, gz, bz2, xz) or a zip, in the archive's order; no folders.
+
+    Args:
+        wanted: whether a member of this name is to be read; others come without their data.
+        limit: bytes of the largest member.
+
+    Raises:
+        BrokenArchive: it breaks off, is damaged, or is a bomb. What came before is not to be used.
+    """
+    seen: set[str] = set()
+    read = _zip_members if _magic(path).startswith((b"PK\x03\x04", b"PK\x05\x06")) else _tar_members
+    with _judged(path):
+        for name, problem, load in read(path, limit):
+            reason, detail = problem or _suspicious(name) or ("", "")
+            if not reason and name in seen:
+                reason, detail = "unsafe-member", "the archive has another member of this name"
+            seen.add(name)
+            data = b""
+            if not reason and wanted(name):
+                try:
+                    data = load()
+                except _BadMember as error:
+                    reason, detail = "undecodable", str(error)
+            yield Member(name, data, reason, f"{name}: {detail}" if detail else "")
+
+
+def names(path: Path) -> Iterator[str]:
+    """Names of the members that can be used: by the headers, where it is no compressed tar."""
+    return (m.name for m in members(path, lambda name: False) if not m.reason)
+
+
+@contextlib.contextmanager
+def open_member(path: Path, chosen: Callable[[str], bool]) -> Iterator[IO[bytes]]:
+    """The first usable member of a tar that is `chosen`, as a stream of any length.
+
+    Raises:
+        BrokenArchive: the archive is, or it has no such member.
+    """
+    with _judged(path), _open_tar(path) as (tar, _):
+        for info in _infos(tar):
+            if info.isreg() and not info.issparse() and chosen(info.name):
+                yield cast(IO[bytes], tar.extractfile(info))
+                return
+    raise BrokenArchive(f"{path.name}: it has no member that is looked for")
+
+
+class _BadMember(Exception):
+    """One member cannot be read; those after it can."""
+
+
+_Entry = tuple[str, tuple[str, str] | None, Callable[[], bytes]]
+
+
+def _suspicious(name: str) -> tuple[str, str] | None:
+    """Why nothing of this name is read."""
+    if name.startswith(("/", "\\")) or (len(name) > 1 and name[1] == ":"):
+        return "unsafe-member", "an absolute name"
+    if ".." in name.replace("\\", "/").split("/"):
+        return "unsafe-member", "a name that leads out of the archive"
+    if any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in name):
+        return "unsafe-member", "a name with control characters, or in no known encoding"
+    ending = PurePosixPath(name).suffix[1:].lower()
+    if ending in PICKLES:
+        return "unsafe-member", "a pickle"
+    if ending in ARCHIVES:
+        return "unsafe-member", "an archive in the archive"
+    return None
+
+
+def _too_large(size: int, limit: int) -> tuple[str, str] | None:
+    return ("too-large", f"{size} bytes, over {limit}") if size > limit else None
+
+
+def _tar_members(path: Path, limit: int) -> Iterator[_Entry]:
+    with _open_tar(path) as (tar, source):
+        for info in _infos(tar):
+            if info.isdir():
+                continue
+            kind = _KINDS.get(info.type, "a member of an unknown kind")
+            if not info.isreg():
+                problem = ("unsafe-member", kind)
+            elif info.issparse():
+                problem = ("unsafe-member", "a sparse file")
+            else:
+                problem = _too_large(info.size, limit)
+            yield info.name, problem, lambda info=info: _tar_data(tar, info)
+        while source is not None and source.read(1 << 20):
+            pass  # to the end, where a compressed stream has its checksum
+
+
+def _tar_data(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(info)
+    assert file is not None  # a regular file
+    data = file.read()
+    if len(data) != info.size:
+        raise BrokenArchive(f"it breaks off in {info.name}")
+    return data
+
+
+_KINDS = {
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.CHRTYPE: "a device",
+    tarfile.BLKTYPE: "a device",
+    tarfile.FIFOTYPE: "a named pipe",
+}
+
+
+def _infos(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """A tar's members, of which tarfile itself would keep every one."""
+    while (info := tar.next()) is not None:
+        tar.members = []
+        if info.size < 0 or len(tar.pax_headers) > GLOBAL_HEADERS:
+            raise BrokenArchive(f"a header without sense before {info.name}")
+        yield info
+
+
+class _StrictInfo(tarfile.TarInfo):
+    """A header that has to be one. tarfile takes a damaged or missing one for the archive's end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: Any) -> tarfile.TarInfo:  # pyright: ignore
+        block = tarfile_.fileobj.read(tarfile.BLOCKSIZE)
+        try:
+            info: Any = cls.frombuf(block, tarfile_.encoding, tarfile_.errors)
+        except tarfile.EOFHeaderError:  # pyright: ignore
+            raise  # zeros: the end that an archive has to have
+        except tarfile.HeaderError as error:
+            what = "breaks off" if len(block) < tarfile.BLOCKSIZE else "is damaged"
+            raise BrokenArchive(f"it {what} ({error})") from None
+        info.offset = tarfile_.fileobj.tell() - tarfile.BLOCKSIZE
+        if info.type in _EXTENSIONS and not 0 <= info.size <= HEADER_BYTES:
+            raise BrokenArchive(f"an extended header of {info.size} bytes")
+        return info._proc_member(tarfile_)
+
+
+_EXTENSIONS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+@contextlib.contextmanager
+def _open_tar(path: Path) -> Iterator[tuple[tarfile.TarFile, _Expanded | None]]:
+    """The tar, and its expanded bytes where it is compressed."""
+    magic = _magic(path)
+    opener = next((o for start, o in _COMPRESSIONS.items() if magic.startswith(start)), None)
+    with contextlib.ExitStack() as stack:
+        raw = stack.enter_context(open(path, "rb"))
+        if opener is None:
+            tar = tarfile.open(fileobj=raw, mode="r:", tarinfo=_StrictInfo)
+            yield stack.enter_context(tar), None
+            return
+        source = _Expanded(raw, stack.enter_context(opener(raw)))
+        tar = tarfile.open(
+            fileobj=cast(IO[bytes], source), mode="r|", tarinfo=_StrictInfo, bufsize=1 << 18
+        )
+        yield stack.enter_context(tar), source
+
+
+_COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], Any]] = {
+    b"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw, mode="rb"),
+    b"BZh": lambda raw: bz2.BZ2File(raw),
+    b"\xfd7zXZ\x00": lambda raw: lzma.LZMAFile(raw),
+}
+
+
+class _Expanded:
+    """A compressed file's content, as long as it is in proportion."""
+
+    def __init__(self, raw: IO[bytes], stream: IO[bytes]) -> None:
+        self._raw, self._stream, self._bytes = raw, stream, 0
+
+    def read(self, count: int) -> bytes:
+        data = self._stream.read(count)
+        self._bytes += len(data)
+        if self._bytes > RATIO_FROM and self._bytes > RATIO * self._raw.tell():
+            raise BrokenArchive(f"it expands more than {RATIO}-fold: a bomb")
+        return data
+
+
+def _zip_members(path: Path, limit: int) -> Iterator[_Entry]:
+    with zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+        whole = sum(info.file_size for info in infos)
+        if whole > RATIO_FROM and whole > RATIO * path.stat().st_size:
+            raise BrokenArchive(f"it expands more than {RATIO}-fold: a bomb")
+        for info in infos:
+            if not info.is_dir():
+                problem = _zip_problem(info) or _too_large(info.file_size, limit)
+                yield info.orig_filename, problem, lambda info=info: _zip_data(archive, info)
+
+
+def _zip_problem(info: zipfile.ZipInfo) -> tuple[str, str] | None:
+    kind = stat.S_IFMT(info.external_attr >> 16)
+    if kind == stat.S_IFLNK:
+        return "unsafe-member", "a symbolic link"
+    if kind not in (0, stat.S_IFREG):
+        return "unsafe-member", "a device or named pipe"
+    if info.flag_bits & 1:
+        return "undecodable", "encrypted"
+    if info.file_size > 1 << 20 and info.file_size > RATIO * info.compress_size:
+        return "too-large", f"expands more than {RATIO}-fold: a bomb"
+    return None
+
+
+def _zip_data(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    try:
+        with archive.open(info) as file:
+            # No more than the size that was judged, even where there is more; then the checksum
+            # of the whole cannot fit.
+            data = file.read(info.file_size + 1)
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError) as error:
+        raise _BadMember(str(error)) from None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise _BadMember(str(error)) from None  # bz2's
+    if len(data) != info.file_size:
+        raise _BadMember(f"{len(data)} bytes, its entry says {info.file_size}")
+    return data
+
+
+def _magic(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(8)
+
+
+@contextlib.contextmanager
+def _judged(path: Path) -> Iterator[None]:
+    """What the libraries raise on archives that are none, as one error."""
+    try:
+        yield
+    except BrokenArchive as error:
+        name = path.name
+        raise BrokenArchive(str(error) if name in str(error) else f"{name}: {error}") from None
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+        raise BrokenArchive(f"{path.name}: {error or 'it breaks off'}") from None
+    except (RecursionError, UnicodeError, OverflowError, ValueError) as error:
+        raise BrokenArchive(f"{path.name}: {type(error).__name__}: {error}") from None
+    except OSError as error:
+        if error.errno is not None:
+            raise  # the disk's
+        raise BrokenArchive(f"{path.name}: {error}") from None  # gzip's and bz2's
