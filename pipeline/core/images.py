@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_PIXELS = 120_000_000  # larger headers are refused before a pixel is decoded
 
@@ -251,6 +251,8 @@ def _judged() -> Iterator[None]:
             yield
     except (BadPicture, MemoryError):  # the latter is the machine's fault: sizes are bounded
         raise
+    except UnidentifiedImageError as error:  # its text holds an address in memory
+        raise BadPicture("undecodable", "no picture of a known format") from error
     except Image.DecompressionBombError as error:
         raise BadPicture("too-large", str(error)) from error
     except Exception as error:  # Pillow's decoders raise whatever their C libraries make of a file
