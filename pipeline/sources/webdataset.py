@@ -32,7 +32,7 @@ class WebDataset(Hosted):
     base: str = ""  # a folder, a URL, or hf://datasets/OWNER/NAME[@REVISION]
     #: Where captions are: "txt", "json:FIELD", "parquet:COLUMN" (a parquet beside each tar, as
     #: img2dataset writes, or `sidecar`), or "none": a captioner writes them.
-    caption: Annotated[str, Field(pattern=r"^(\w+|json:.+|parquet:.+)$")] = "txt"
+    caption: Annotated[str, Field(pattern=r"^(\w+|(json|parquet):.+)$")] = "txt"
     sidecar: str = ""  # one parquet for all tars, or a pattern of as many as there are tars
     sidecar_key: str = "key"  # its column with the samples' names: the last part, without endings
     image: str = ""  # the ending of a sample's picture; "": the first that is one
@@ -57,8 +57,6 @@ class WebDataset(Hosted):
         tars = self._expanded(self.tars)
         if not tars:
             raise SettingError(f"tars={self.tars}: there are none")
-        if len(tars) > MAX_TARS:
-            raise SettingError(f"tars={self.tars}: {len(tars)} tars; at most {MAX_TARS} a source")
         if self.sidecar and self._parquet() is None:
             raise SettingError(f"sidecar={self.sidecar}: needs caption=parquet:COLUMN")
         sidecars = self._expanded(self.sidecar)
@@ -203,28 +201,34 @@ class WebDataset(Hosted):
             try:
                 for name in braceexpand(word):
                     found += self._matches(name) if "*" in name else [name]
+                    if len(found) > MAX_TARS:
+                        raise SettingError(f"{word}: over {MAX_TARS} files; split the source")
             except ValueError as error:
                 raise SettingError(f"{word}: {error}") from None
         return found
 
     def _matches(self, pattern: str) -> list[str]:
         """What there is, sorted, in the form in which it was asked for."""
-        base = _hub_base(pattern) or (self.base if self.base.startswith("hf://") else "")
-        if base:
-            address = hub.parse(base)
-            commit = self._commits.get(base, address.revision)
-            within = hub.parse(pattern).path if pattern.startswith("hf://") else pattern
-            wanted = f"{address.path}/{within}".lstrip("/")
-            test = re.compile(re.escape(wanted).replace(r"\*", "[^/]*"))
-            paths = [p for p in hub.files(address.repo, commit) if test.fullmatch(p)]
-            prefix = f"{base.removesuffix('/' + address.path) if address.path else base}/"
-            return [prefix + path for path in paths]
-        from fsspec.core import url_to_fs
-
         where = self._where(pattern)
-        fs, path = url_to_fs(where)
-        local = "://" not in where
-        return sorted(map(str, fs.glob(path)) if local else map(fs.unstrip_protocol, fs.glob(path)))
+        if where.startswith("hf://"):
+            address = hub.parse(where)
+            test = re.compile(re.escape(address.path).replace(r"\*", "[^/]*"))
+            paths = hub.files(address.repo, address.revision)
+            within = where.removesuffix(address.path)
+            found = [within + path for path in paths if test.fullmatch(path)]
+        else:
+            from fsspec.core import url_to_fs
+
+            fs, path = url_to_fs(where)
+            found = sorted(fs.glob(path))  # pyright: ignore
+            if "://" in where:
+                found = [fs.unstrip_protocol(name) for name in found]
+        # The pattern may be relative, or name a branch; what was found says more than that.
+        given = pattern[: pattern.index("*")]
+        known = where[: where.index("*")]
+        if "://" not in where:
+            known = str(Path(known + "x").absolute())[:-1]
+        return [given + name.removeprefix(known) for name in found]
 
 
 @dataclass
