@@ -134,6 +134,12 @@ def truncated() -> bytes:
     return data[: len(data) // 2]
 
 
+def endless(data: bytes) -> bytes:
+    """A tar without the zeros that end it."""
+    whole = len(data.rstrip(b"\0"))
+    return data[: -(-whole // 512) * 512]
+
+
 def sparse_header() -> bytes:
     """A member that claims 1 TB, in a tar of a few KB."""
     info = tarfile.TarInfo("0001.jpg")
@@ -220,33 +226,32 @@ CASES: list[Archive] = [
         lambda: tar(member("0001.tar.gz", gzip.compress(tar(), mtime=0))),
     ),
     # Sizes.
-    _archive("gzip-bomb.tgz", "too-large", "8 GB of zeros in 8 MB", gzip_bomb),
+    _archive("gzip-bomb.tgz", ERROR, "8 GB of zeros in 8 MB", gzip_bomb),
     _archive("huge-member.tar", ERROR, "a member of 1 TB in a tar of 40 KB", sparse_header),
     _archive("pax-size.tar", ERROR, "an extended header that claims 1 TB", pax_size),
-    _archive("long-name.tar", UNSAFE, "a name of 1 MB", long_pax_name),
+    _archive("long-name.tar", ERROR, "a name of 1 MB", long_pax_name),
     _archive(
-        "bomb.zip", "too-large", "a member that inflates to 4 GB", lambda: bomb_in_zip(4 << 30)
+        "bomb.zip", ERROR, "a member that inflates to 4 GB", lambda: bomb_in_zip(4 << 30)
     ),
     _archive(
         "lying.zip",
-        "too-large",
+        "undecodable",
         "4 GB that the directory calls 1,000 bytes",
         lambda: lying_zip(4 << 30),
     ),
     _archive(
         "overlapping.zip",
-        "unsafe-member",
+        ERROR,
         "200 entries for one packed member",
         overlapping_zip,
-        200,
     ),
     # Broken.
     _archive("truncated.tar", ERROR, "half of it", truncated),
     _archive(
         "no-end.tar",
-        SAMPLE,
-        "no closing blocks: every member is whole",
-        lambda: tar(*pair("0001", 2002)).rstrip(b"\0") + bytes(512),
+        ERROR,
+        "no closing blocks: what followed is missing, perhaps",
+        lambda: endless(tar(*pair("0001", 2002))),
     ),
     _archive(
         "truncated.tgz",
