@@ -59,7 +59,8 @@ def members(
     seen: set[str] = set()
     read = _zip_members if _magic(path).startswith((b"PK\x03\x04", b"PK\x05\x06")) else _tar_members
     with _judged(path):
-        for name, problem, load in read(path, limit):
+        for raw_name, problem, load in read(path, limit):
+            name = readable(raw_name)
             reason, detail = problem or _suspicious(name) or ("", "")
             if not reason and name in seen:
                 reason, detail = "unsafe-member", "the archive has another member of this name"
@@ -70,7 +71,12 @@ def members(
                     data = load()
                 except _BadMember as error:
                     reason, detail = "undecodable", str(error)
-            yield Member(name, data, reason, f"{name}: {detail}" if detail else "")
+            yield Member(name, data, reason, f"{name[:200]!r}: {detail}" if detail else "")
+
+
+def readable(name: str) -> str:
+    """A name that is text: bytes of no known encoding as \\xNN."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def names(path: Path) -> Iterator[str]:
@@ -106,8 +112,8 @@ def _suspicious(name: str) -> tuple[str, str] | None:
         return "unsafe-member", "an absolute name"
     if ".." in name.replace("\\", "/").split("/"):
         return "unsafe-member", "a name that leads out of the archive"
-    if any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in name):
-        return "unsafe-member", "a name with control characters, or in no known encoding"
+    if any(ord(c) < 32 or ord(c) == 127 for c in name):
+        return "unsafe-member", "a name with control characters"
     ending = PurePosixPath(name).suffix[1:].lower()
     if ending in PICKLES:
         return "unsafe-member", "a pickle"
@@ -177,7 +183,7 @@ class _StrictInfo(tarfile.TarInfo):
         except tarfile.HeaderError as error:
             what = "breaks off" if len(block) < tarfile.BLOCKSIZE else "is damaged"
             raise BrokenArchive(f"it {what} ({error})") from None
-        info.offset = tarfile_.fileobj.tell() - tarfile.BLOCKSIZE
+        info.offset = tarfile_.fileobj.tell() - tarfile.BLOCKSIZE  # as tarfile's own does
         if info.type in _EXTENSIONS and not 0 <= info.size <= HEADER_BYTES:
             raise BrokenArchive(f"an extended header of {info.size} bytes")
         return info._proc_member(tarfile_)
@@ -234,13 +240,24 @@ class _Expanded:
 def _zip_members(path: Path, limit: int) -> Iterator[_Entry]:
     with zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
-        whole = sum(info.file_size for info in infos)
-        if whole > RATIO_FROM and whole > RATIO * path.stat().st_size:
-            raise BrokenArchive(f"it expands more than {RATIO}-fold: a bomb")
+        overlapping = _overlapping(infos)
         for info in infos:
             if not info.is_dir():
                 problem = _zip_problem(info) or _too_large(info.file_size, limit)
+                if info.header_offset in overlapping:
+                    problem = "unsafe-member", "its bytes are those of another member as well"
                 yield info.orig_filename, problem, lambda info=info: _zip_data(archive, info)
+
+
+def _overlapping(infos: list[zipfile.ZipInfo]) -> set[int]:
+    """Offsets of members that share bytes: a small zip of any number of large files."""
+    found, end, last = set(), 0, -1
+    for info in sorted(infos, key=lambda info: info.header_offset):
+        if info.header_offset < end:
+            found |= {info.header_offset, last}
+        if info.header_offset + info.compress_size > end:
+            end, last = info.header_offset + info.compress_size, info.header_offset
+    return found
 
 
 def _zip_problem(info: zipfile.ZipInfo) -> tuple[str, str] | None:
@@ -251,8 +268,11 @@ def _zip_problem(info: zipfile.ZipInfo) -> tuple[str, str] | None:
         return "unsafe-member", "a device or named pipe"
     if info.flag_bits & 1:
         return "undecodable", "encrypted"
-    if info.file_size > 1 << 20 and info.file_size > RATIO * info.compress_size:
+    packed, size = info.compress_size, info.file_size
+    if size > 1 << 20 and size > RATIO * packed:
         return "too-large", f"expands more than {RATIO}-fold: a bomb"
+    if packed > size + size // 100 + 1024:  # no compression makes a file larger than that
+        return "too-large", f"{packed} packed bytes, and its entry says it has {size}"
     return None
 
 

@@ -112,7 +112,7 @@ def local(
     # A readable end, for people who look into the folder; of odd characters none.
     target = folder / f"{digest}-{re.sub(r'[^A-Za-z0-9._-]', '_', _last_part(url))[-80:]}"
     with contextlib.ExitStack() as stack:
-        lock = stack.enter_context(_locked(target))
+        lock = stack.enter_context(locked(target))
         with _explained(folder):
             _Fetch(url, target, checksum).run()
         if keep:
@@ -273,7 +273,7 @@ def _remove(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(target: Path) -> Iterator[IO[str]]:
+def locked(target: Path) -> Iterator[IO[str]]:
     """Holds a file's lock, which the kernel frees when its process dies."""
     path = target.with_name(target.name + ".lock")
     while True:
