@@ -54,8 +54,11 @@ class Hosted(BaseModel):
 
     def decisive(self) -> dict[str, Any]:
         """The hub's commits: a copy elsewhere holds the same bytes, or is another source."""
-        found = {hub.parse(base).repo: self._commits.get(base, "") for base in self.bases()
-                 if base.startswith("hf://")}
+        found = {
+            hub.parse(base).repo: self._commits.get(base, "")
+            for base in self.bases()
+            if base.startswith("hf://")
+        }
         return {"hub": found} if found else {}
 
 
@@ -69,7 +72,9 @@ def _commit(store: Store, path: str, base: str) -> str:
     except FileNotFoundError:
         known = {}
     except ValueError:
-        raise SettingError(f"{store.url(path)}: is no JSON; delete it, and it is made anew") from None
+        raise SettingError(
+            f"{store.url(path)}: is no JSON; delete it, and it is made anew"
+        ) from None
     if name not in known:
         known[name] = hub.commit(address.repo, address.revision)
         store.write_json(path, known)

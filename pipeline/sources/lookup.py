@@ -78,7 +78,9 @@ def _make(target: Path, rows: Iterable[Row], span: int) -> None:
         with pq.ParquetWriter(temporary, _schema(), compression="zstd") as writer:
             for number in sorted(buckets):
                 # A stable order: of several captions of a picture the first stays the first.
-                table = buckets[number].read().sort_by([("number", "ascending"), ("at", "ascending")])
+                table = (
+                    buckets[number].read().sort_by([("number", "ascending"), ("at", "ascending")])
+                )
                 writer.write_table(table.drop_columns(["at"]), row_group_size=GROUP)
         os.replace(temporary, target)
 

@@ -230,9 +230,7 @@ CASES: list[Archive] = [
     _archive("huge-member.tar", ERROR, "a member of 1 TB in a tar of 40 KB", sparse_header),
     _archive("pax-size.tar", ERROR, "an extended header that claims 1 TB", pax_size),
     _archive("long-name.tar", ERROR, "a name of 1 MB", long_pax_name),
-    _archive(
-        "bomb.zip", ERROR, "a member that inflates to 4 GB", lambda: bomb_in_zip(4 << 30)
-    ),
+    _archive("bomb.zip", ERROR, "a member that inflates to 4 GB", lambda: bomb_in_zip(4 << 30)),
     _archive(
         "lying.zip",
         "undecodable",
