@@ -6,12 +6,13 @@ The bytes are functions of this code alone. Nothing of the corpus is in the repo
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.hostile import archives, captions, names, pictures, urls
 from tests.hostile.case import Case
 
-KINDS: dict[str, list[Case]] = {
+KINDS: Mapping[str, Sequence[Case]] = {
     "pictures": pictures.CASES,
     "captions": captions.CASES,
     "names": names.CASES,
