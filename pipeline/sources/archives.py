@@ -14,7 +14,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
@@ -25,9 +25,16 @@ GLOBAL_HEADERS = 1000  # PAX records that hold for all members to come
 RATIO = 200  # an archive that expands by more is a bomb; text comes to 20, and gzip's limit is 1030
 RATIO_FROM = 64 << 20  # expanded bytes below which no ratio is a danger
 
+#: What is a picture by its name. Not all can be decoded: those are rejected, not skipped.
+PICTURES = frozenset(
+    ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "heic", "jxl")
+)
+
 #: Never looked into, whatever they are: to load a pickle is to run it, and bombs come in layers.
-PICKLES = frozenset("pkl pickle pyd pth pt ckpt joblib".split())
-ARCHIVES = frozenset("tar tgz gz bz2 xz zip 7z rar zst tbz txz jar whl".split())
+PICKLES = frozenset(("pkl", "pickle", "pyd", "pth", "pt", "ckpt", "joblib"))
+ARCHIVES = frozenset(
+    ("tar", "tgz", "gz", "bz2", "xz", "zip", "7z", "rar", "zst", "tbz", "txz", "jar", "whl")
+)
 
 
 class BrokenArchive(RuntimeError):
@@ -45,13 +52,17 @@ class Member:
 
 
 def members(
-    path: Path, wanted: Callable[[str], bool] = lambda name: True, limit: int = MEMBER_BYTES
+    path: Path,
+    wanted: Callable[[str], bool] = lambda name: True,
+    limit: int = MEMBER_BYTES,
+    unique: bool = True,
 ) -> Iterator[Member]:
     """Every file of a tar (plain, gz, bz2, xz) or a zip, in the archive's order; no folders.
 
     Args:
         wanted: whether a member of this name is to be read; others come without their data.
         limit: bytes of the largest member.
+        unique: refuse a name that was there before; costs memory for each name.
 
     Raises:
         BrokenArchive: it breaks off, is damaged, or is a bomb. What came before is not to be used.
@@ -64,7 +75,8 @@ def members(
             reason, detail = problem or _suspicious(name) or ("", "")
             if not reason and name in seen:
                 reason, detail = "unsafe-member", "the archive has another member of this name"
-            seen.add(name)
+            if unique:
+                seen.add(name)
             data = b""
             if not reason and wanted(name):
                 try:
@@ -77,6 +89,34 @@ def members(
 def readable(name: str) -> str:
     """A name that is text: bytes of no known encoding as \\xNN."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def named(path: Path, wanted: Iterable[str], limit: int = MEMBER_BYTES) -> Iterator[Member | None]:
+    """Members of a zip in the order asked for; None for one that it has not."""
+    with _judged(path), zipfile.ZipFile(path) as archive:
+        entries = {readable(info.orig_filename): info for info in archive.infolist()}
+        for name in wanted:
+            info = entries.get(name)
+            if info is None:
+                yield None
+                continue
+            reason, detail = _zip_problem(info) or _too_large(info.file_size, limit) or ("", "")
+            data = b""
+            if not reason:
+                try:
+                    data = _zip_data(archive, info)
+                except _BadMember as error:
+                    reason, detail = "undecodable", str(error)
+            yield Member(name, data, reason, f"{name[:200]!r}: {detail}" if detail else "")
+
+
+def is_picture(name: str) -> bool:
+    return PurePosixPath(name).suffix[1:].lower() in PICTURES
+
+
+def is_hidden(name: str) -> bool:
+    """macOS leaves ._NAME beside each NAME."""
+    return PurePosixPath(name).name.startswith(".")
 
 
 def names(path: Path) -> Iterator[str]:
@@ -164,7 +204,7 @@ _KINDS = {
 def _infos(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """A tar's members, of which tarfile itself would keep every one."""
     while (info := tar.next()) is not None:
-        tar.members = []
+        tar.members = []  # pyright: ignore
         if info.size < 0 or len(tar.pax_headers) > GLOBAL_HEADERS:
             raise BrokenArchive(f"a header without sense before {info.name}")
         yield info
@@ -206,20 +246,18 @@ def _open_tar(path: Path) -> Iterator[tuple[tarfile.TarFile, _Expanded | None]]:
     with contextlib.ExitStack() as stack:
         raw = stack.enter_context(open(path, "rb"))
         if opener is None:
-            tar = tarfile.open(fileobj=raw, mode="r:", tarinfo=_StrictInfo)
-            yield stack.enter_context(tar), None
+            yield stack.enter_context(tarfile.TarFile(fileobj=raw, tarinfo=_StrictInfo)), None
             return
         source = _Expanded(raw, stack.enter_context(opener(raw)))
-        tar = tarfile.open(
-            fileobj=cast(IO[bytes], source), mode="r|", tarinfo=_StrictInfo, bufsize=1 << 18
-        )
+        stream = cast(IO[bytes], source)
+        tar = tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictInfo, bufsize=1 << 18)  # noqa: SIM115
         yield stack.enter_context(tar), source
 
 
 _COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw, mode="rb"),
-    b"BZh": lambda raw: bz2.BZ2File(raw),
-    b"\xfd7zXZ\x00": lambda raw: lzma.LZMAFile(raw),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\x00": lzma.LZMAFile,
 }
 
 

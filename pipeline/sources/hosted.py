@@ -1,4 +1,4 @@
-"""What sources with a fixed upstream layout share: where it lies, and which commit of it is meant."""
+"""What sources with a fixed layout share: where it lies upstream, and which commit is meant."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def link(url: str) -> Link:
         TransferError: it has no such file. Interrupted: ask again.
     """
     from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils._headers import build_hf_headers
 
     repo, revision, path = parse(url)
     where = hf_hub_url(repo, path, repo_type="dataset", revision=revision, endpoint=_endpoint())

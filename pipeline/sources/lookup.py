@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -54,12 +53,12 @@ def sorted_rows(identity: str, make: Callable[[], Iterable[Row]], span: int) -> 
     return target
 
 
-def rows_between(path: Path, low: int, high: int) -> list[Row]:
+def rows_of(path: Path, low: int, high: int) -> list[Row]:
     """The rows whose number is from `low` to `high`, both included."""
     import pyarrow.parquet as pq
 
     bounds = [("number", ">=", low), ("number", "<=", high)]
-    table = pq.read_table(path, filters=bounds, partitioning=None, use_threads=False)
+    table = pq.read_table(path, filters=bounds, use_threads=False)
     return [Row(**row) for row in table.to_pylist()]
 
 

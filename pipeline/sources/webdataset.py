@@ -1,0 +1,299 @@
+"""Any WebDataset: tars of samples whose files share a name up to the first dot."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from pipeline.core.errors import SettingError
+from pipeline.core.rules import Rules, readable
+from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
+from pipeline.sources import archives, hub, transfer
+from pipeline.sources.captions import caption_text
+from pipeline.sources.hosted import Hosted
+
+MAX_TARS = 100_000  # ids have five digits
+
+
+class WebDataset(Hosted):
+    """Settings of the source."""
+
+    rules: ClassVar[Rules] = Rules()
+
+    #: Tars in order: "data/{00000..00031}.tar", "a-*.tar", several with spaces between. Paths or
+    #: URLs (http(s)://, s3://, gs://, hf://datasets/OWNER/NAME/…), or relative to `base`.
+    tars: Annotated[str, Field(min_length=1)]
+    base: str = ""  # a folder, a URL, or hf://datasets/OWNER/NAME[@REVISION]
+    #: Where captions are: "txt", "json:FIELD", "parquet:COLUMN" (a parquet beside each tar, as
+    #: img2dataset writes, or `sidecar`), or "none": a captioner writes them.
+    caption: Annotated[str, Field(pattern=r"^(\w+|json:.+|parquet:.+)$")] = "txt"
+    sidecar: str = ""  # one parquet for all tars, or a pattern of as many as there are tars
+    sidecar_key: str = "key"  # its column with the samples' names: the last part, without endings
+    image: str = ""  # the ending of a sample's picture; "": the first that is one
+    split: str = "train"  # any other is not trained on
+    samples_per_tar: Annotated[int, Field(ge=1)] = 10_000  # about: for --limit and estimates
+    #: Digits of a sample's place in its tar; 5 where a tar may hold more than 10,000.
+    digits: Annotated[int, Field(ge=4, le=6)] = 4
+
+    @field_validator("tars", "sidecar")
+    @classmethod
+    def _no_users(cls, value: str) -> str:
+        if re.search(r"//[^/\s]*@", value.replace("hf://datasets/", "")):
+            raise ValueError("must hold no user or password")
+        return value
+
+    def bases(self) -> list[str]:
+        hosts = [_hub_base(word) for word in f"{self.tars} {self.sidecar}".split()]
+        return sorted({base for base in (self.base, *hosts) if base})
+
+    def shards(self) -> list[InputShard]:
+        """A tar is a shard. Only a pattern with * asks what there is."""
+        tars = self._expanded(self.tars)
+        if not tars:
+            raise SettingError(f"tars={self.tars}: there are none")
+        if len(tars) > MAX_TARS:
+            raise SettingError(f"tars={self.tars}: {len(tars)} tars; at most {MAX_TARS} a source")
+        if self.sidecar and self._parquet() is None:
+            raise SettingError(f"sidecar={self.sidecar}: needs caption=parquet:COLUMN")
+        sidecars = self._expanded(self.sidecar)
+        if len(sidecars) > 1 and len(sidecars) != len(tars):
+            raise SettingError(f"sidecar={self.sidecar}: {len(sidecars)} for {len(tars)} tars")
+        # Queries may hold signatures: they are no part of what a shard is.
+        return [
+            InputShard(f"{number:05d}", self.split, (transfer.public(tar),))
+            for number, tar in enumerate(tars)
+        ]
+
+    def fetch(
+        self, shard: InputShard, only: frozenset[str] | None = None
+    ) -> Iterator[RawImage | Reject]:
+        """The tar's samples in its order.
+
+        Raises:
+            TransferError, BrokenArchive: it cannot be had whole.
+        """
+        tar = self._given(shard, self.tars)
+        with transfer.local(self._where(tar)) as path:
+            captions = self._captions(shard, tar, path)
+            readers = samples(archives.members(path, self._is_read))
+            for index, found in enumerate(readers):
+                try:
+                    key = sample_key(shard.id, index, self.digits)
+                except ValueError:
+                    raise SettingError(
+                        f"digits={self.digits}: {path.name} has more than {10**self.digits} "
+                        f"samples; set digits={self.digits + 1}"
+                    ) from None
+                if only is None or key in only:
+                    yield self._sample(key, found, transfer.public(self._where(tar)), captions)
+
+    def decisive(self) -> dict[str, Any]:
+        chosen = {
+            name: getattr(self, name) for name in ("caption", "sidecar_key", "image", "digits")
+        }
+        sidecar = " ".join(map(transfer.public, self.sidecar.split()))
+        return {**super().decisive(), **chosen, "sidecar": sidecar}
+
+    def estimate(self, shard: InputShard) -> int:
+        return self.samples(shard) * 110_000
+
+    def samples(self, shard: InputShard) -> int:
+        return self.samples_per_tar
+
+    def _sample(
+        self, key: str, found: Sample, url: str, captions: dict[str, Any] | None
+    ) -> RawImage | Reject:
+        if found.refused is not None:
+            return Reject(key, "download", found.refused.reason, found.refused.detail)
+        name = self._picture(found)
+        if name is None:
+            held = ", ".join(sorted(found.names)) or "nothing"
+            return Reject(key, "download", "no-picture", f"{found.stem[:200]!r} has {held}")
+        try:
+            caption = self._caption(found, captions)
+            facts = _json(found) if "json" in found.data else {}
+        except ValueError as error:
+            return Reject(key, "download", "no-caption", f"{found.stem[:200]!r}: {error}")
+        texts = _texts(caption)
+        if not texts and self.caption != "none":
+            return Reject(key, "download", "no-caption", f"{found.stem[:200]!r}: no caption")
+        # img2dataset notes where on the web a picture was.
+        origin = facts.get("url") if isinstance(facts, dict) else None
+        where = readable(origin)[:4000] if isinstance(origin, str) else f"{url}/{found.names[name]}"
+        references = texts if len(texts) > 1 else ()
+        ref = ImageRef(key, where, texts[0] if texts else "", references)
+        return RawImage(ref, found.data[name])
+
+    def _is_read(self, name: str) -> bool:
+        ending = split_name(name)[1]
+        return ending in ("json", self.caption, self.image) or archives.is_picture(name)
+
+    def _picture(self, found: Sample) -> str | None:
+        if self.image:
+            return self.image if self.image in found.data else None
+        return next((e for e in found.data if e in archives.PICTURES), None)
+
+    def _caption(self, found: Sample, captions: dict[str, Any] | None) -> Any:
+        kind, _, name = self.caption.partition(":")
+        if kind == "none":
+            return ""
+        if captions is not None:
+            return captions.get(PurePosixPath(found.stem).name)
+        if kind == "json":
+            value: Any = _json(found)
+            for part in name.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            return value
+        data = found.data.get(kind)
+        return None if data is None else caption_text(data)
+
+    def _parquet(self) -> str | None:
+        kind, _, name = self.caption.partition(":")
+        return name if kind == "parquet" else None
+
+    def _captions(self, shard: InputShard, tar: str, path: Path) -> dict[str, Any] | None:
+        """Sample name -> caption of this tar, from its parquet; None where they are in the tar."""
+        column = self._parquet()
+        if column is None:
+            return None
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        stems = {PurePosixPath(split_name(name)[0]).name for name in archives.names(path)}
+        sidecars = self._expanded(self.sidecar) or [_beside(tar)]
+        sidecar = sidecars[0] if len(sidecars) == 1 else self._given(shard, self.sidecar)
+        with transfer.local(self._where(sidecar), keep=len(sidecars) == 1) as file:
+            try:
+                table = pq.read_table(
+                    file,
+                    columns=[self.sidecar_key, column],
+                    filters=[(self.sidecar_key, "in", sorted(stems))],
+                    use_threads=False,
+                )
+            except (pa.ArrowException, KeyError) as error:
+                first = str(error).splitlines()[0]
+                raise SettingError(f"sidecar {transfer.public(sidecar)}: {first}") from None
+        keys = table.column(self.sidecar_key).to_pylist()
+        return dict(zip(keys, table.column(column).to_pylist(), strict=True))
+
+    def _given(self, shard: InputShard, pattern: str) -> str:
+        """The shard's own of several files. A shard names its tar without the query."""
+        if pattern == self.tars and "?" not in pattern:
+            return shard.spec[0]
+        return self._expanded(pattern)[int(shard.id)]
+
+    def _where(self, name: str) -> str:
+        if base := _hub_base(name):
+            return self.url(hub.parse(name).path, base)
+        if "://" in name or name.startswith("/") or not self.base:
+            return name
+        return self.url(name)
+
+    def _expanded(self, pattern: str) -> list[str]:
+        from braceexpand import braceexpand
+
+        found: list[str] = []
+        for word in pattern.split():
+            try:
+                for name in braceexpand(word):
+                    found += self._matches(name) if "*" in name else [name]
+            except ValueError as error:
+                raise SettingError(f"{word}: {error}") from None
+        return found
+
+    def _matches(self, pattern: str) -> list[str]:
+        """What there is, sorted, in the form in which it was asked for."""
+        base = _hub_base(pattern) or (self.base if self.base.startswith("hf://") else "")
+        if base:
+            address = hub.parse(base)
+            commit = self._commits.get(base, address.revision)
+            within = hub.parse(pattern).path if pattern.startswith("hf://") else pattern
+            wanted = f"{address.path}/{within}".lstrip("/")
+            test = re.compile(re.escape(wanted).replace(r"\*", "[^/]*"))
+            paths = [p for p in hub.files(address.repo, commit) if test.fullmatch(p)]
+            prefix = f"{base.removesuffix('/' + address.path) if address.path else base}/"
+            return [prefix + path for path in paths]
+        from fsspec.core import url_to_fs
+
+        where = self._where(pattern)
+        fs, path = url_to_fs(where)
+        local = "://" not in where
+        return sorted(map(str, fs.glob(path)) if local else map(fs.unstrip_protocol, fs.glob(path)))
+
+
+@dataclass
+class Sample:
+    """Files of a tar that share a name up to the first dot."""
+
+    stem: str
+    names: dict[str, str] = field(default_factory=dict)  # ending -> the member's whole name
+    data: dict[str, bytes] = field(default_factory=dict)  # ending -> content, of those read
+    refused: archives.Member | None = None  # the first that is: the whole sample goes
+
+
+def samples(found: Iterable[archives.Member]) -> Iterator[Sample]:
+    """Members to samples: those of one sample follow each other."""
+    sample: Sample | None = None
+    seen: set[str] = set()
+    for member in found:
+        if archives.is_hidden(member.name):
+            continue
+        stem, ending = split_name(member.name)
+        if sample is None or stem != sample.stem:
+            if sample is not None:
+                yield sample
+            sample = Sample(stem)
+            if stem in seen:
+                detail = f"{member.name[:200]!r}: its sample's other files lie elsewhere in the tar"
+                sample.refused = archives.Member(member.name, b"", "unsafe-member", detail)
+            seen.add(stem)
+        if member.reason:
+            sample.refused = sample.refused or member
+        else:
+            sample.names[ending] = member.name
+            if member.data:
+                sample.data[ending] = member.data
+    if sample is not None:
+        yield sample
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """ "./a/b.c.JPG" -> ("a/b", "c.jpg"): the convention's key and ending."""
+    folder, slash, last = name.removeprefix("./").rpartition("/")
+    stem, _, ending = last.partition(".")
+    return folder + slash + stem, ending.lower()
+
+
+def _hub_base(url: str) -> str:
+    """hf://datasets/OWNER/NAME[@REVISION] of a file's URL; "" of any other."""
+    found = re.match(r"hf://datasets/[^/]+/[^/]+", url)
+    return found[0] if found else ""
+
+
+def _beside(tar: str) -> str:
+    """The parquet of a tar's name; of a URL with a query, the same query."""
+    path, mark, query = tar.partition("?")
+    return re.sub(r"\.(tar|tgz|tar\.\w+)$", "", path) + ".parquet" + mark + query
+
+
+def _json(found: Sample) -> Any:
+    """
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return json.loads(found.data.get("json", b"null"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its json: {error}") from None
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """A caption, or a list of them, as those that say something."""
+    values = value if isinstance(value, list) else [value]
+    return tuple(v for v in values if isinstance(v, str) and readable(v))
