@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from tests.hostile.case import ERROR, SAMPLE, Case
 from tests.hostile.pictures import jpeg, zeros
 
-GOOD = 2
 UNSAFE = "unsafe-member"
 
 
 @dataclass(frozen=True)
 class Archive(Case):
-    """A case of several samples. `verdict` is that of what is its own; GOOD good samples are
+    """A case of several samples. `verdict` is that of what is its own; two good samples are
     around it, which must come."""
 
     alone: bool = False  # it has no good samples
