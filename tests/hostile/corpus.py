@@ -26,7 +26,10 @@ FOLDERS = {"pictures": pictures.CASES, "captions": captions.CASES, "names": name
 def write(home: Path, which: str, cases: list[Case]) -> Folder:
     """Makes a folder of the cases; the source that reads it."""
     home.mkdir(parents=True)
-    return {"pictures": _pictures, "captions": _captions, "names": _names}[which](home, cases)
+    source = {"pictures": _pictures, "captions": _captions, "names": _names}[which](home, cases)
+    for path in (*home.rglob("*"), *home.parent.glob("*.jpg")):  # dates are in the fingerprint
+        os.utime(path, (0, 0), follow_symlinks=False)
+    return source
 
 
 def _pictures(home: Path, cases: list[Case]) -> Folder:

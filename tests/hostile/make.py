@@ -34,10 +34,9 @@ def table() -> str:
     lines = [
         "# Hostile inputs",
         "",
-        f"{count} cases, made by `python -m tests.hostile.make FOLDER`. This file is what",
-        "`python -m tests.hostile.make` prints. Verdicts: `sample`, the reason of a reject, or, of a",
-        "whole archive, `error`: its shard fails, is tried again and reported, and nothing of it is",
-        "used.",
+        f"{count} cases, made by `python -m tests.hostile.make FOLDER`; without one it prints",
+        "this file. Verdicts: `sample`, the reason of a reject, or, of a whole archive, `error`: its",
+        "shard fails, is tried again and reported, and nothing of it is used.",
         "",
     ]
     for kind, cases in KINDS.items():
