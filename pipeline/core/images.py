@@ -252,7 +252,7 @@ def _judged() -> Iterator[None]:
     except (BadPicture, MemoryError):  # the latter is the machine's fault: sizes are bounded
         raise
     except UnidentifiedImageError as error:  # its text holds an address in memory
-        raise BadPicture("undecodable", "no picture of a known format") from error
+        raise BadPicture("undecodable", "cannot identify its format") from error
     except Image.DecompressionBombError as error:
         raise BadPicture("too-large", str(error)) from error
     except Exception as error:  # Pillow's decoders raise whatever their C libraries make of a file

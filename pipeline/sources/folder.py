@@ -98,7 +98,7 @@ class Folder(BaseModel):
             for key in [sample_key(shard.id, index)]
             if only is None or key in only
         )
-        at_once = 1 if Store(self.folder).local else _AT_ONCE
+        at_once = 1 if self._store().local else _AT_ONCE
         while some := list(islice(files, at_once)):
             texts = self._captions([file.row for file in some])
             found = self._read_pictures(some, texts)
@@ -123,9 +123,12 @@ class Folder(BaseModel):
 
     # Enumeration.
 
+    def _store(self) -> Store:
+        return Store(os.path.expanduser(self.folder))
+
     def _listing(self) -> dict[str, Listed]:
         """Name -> file, hidden ones left out."""
-        store = Store(self.folder)
+        store = self._store()
         if store.local:
             if not os.path.isdir(store.root):
                 raise SettingError(f"folder={self.folder}: no such folder")
@@ -149,7 +152,7 @@ class Folder(BaseModel):
 
     def _table_rows(self) -> list[Row]:
         try:
-            data = Store(self.folder).read(self.table)
+            data = self._store().read(self.table)
         except FileNotFoundError as error:
             raise SettingError(f"table={self.table}: no such file in {self.folder}") from error
         caption_col = self.caption_col if self.captions == "own" else None
@@ -200,7 +203,7 @@ class Folder(BaseModel):
         return [verdicts[at] for at in range(len(files))]
 
     def _read(self, names: list[str]) -> list[bytes | BadPicture]:
-        store = Store(self.folder)
+        store = self._store()
         if store.local:
             return [_read_below(store.root, name, self.max_file_bytes) for name in names]
         missing = BadPicture(FAILED, "no such file")

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from pipeline.core.errors import SettingError, nearest
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
+from pipeline.core.spool import scratch
 from pipeline.core.store import Store
 from pipeline.sources import hub, parquet_rows, transfer
 from pipeline.sources.captions import choose
@@ -214,7 +215,7 @@ def _last(file: Any, size: int, count: int) -> bytes:
 def _footer_on_hub(url: str) -> _File:
     """Two requests, or none where this host has seen the file: at a commit it does not change."""
     name = hashlib.sha256(url.encode()).hexdigest()[:24]
-    kept = transfer.scratch() / f"footer-{name}"
+    kept = scratch() / f"footer-{name}"
     if not kept.exists():
         content, footer = _asked(url)
         temporary = kept.with_name(f"{kept.name}.{os.getpid()}")

@@ -1,4 +1,4 @@
-"""`python -m tests.hostile.make FOLDER` writes the corpus; without a folder it prints the table.
+"""`python -m tests.hostile.make FOLDER` writes the corpus; without a folder it prints README.md.
 
 The bytes are functions of this code alone. Nothing of the corpus is in the repository.
 """
@@ -6,28 +6,49 @@ The bytes are functions of this code alone. Nothing of the corpus is in the repo
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.hostile import archives, captions, names, pictures, urls
 from tests.hostile.case import Case
 
-KINDS: dict[str, list[Case]] = {
+KINDS: Mapping[str, Sequence[Case]] = {
     "pictures": pictures.CASES,
     "captions": captions.CASES,
     "names": names.CASES,
     "archives": archives.CASES,
     "urls": urls.CASES,
 }
+WHERE = {
+    "pictures": "through the folder and the webdataset source",
+    "captions": "text files beside good pictures, through the folder source",
+    "names": "file names in a table, through the folder source",
+    "archives": "through the webdataset source",
+    "urls": "through the urls source",
+}
 
 
 def table() -> str:
-    """The README's table: every case and its verdict."""
-    lines = ["| | case | verdict | what it is |", "|---|---|---|---|"]
+    """README.md: every case and its verdict."""
+    count = sum(map(len, KINDS.values()))
+    lines = [
+        "# Hostile inputs",
+        "",
+        f"{count} cases, made by `python -m tests.hostile.make FOLDER`; without one it prints",
+        "this file. Verdicts: `sample`, the reason of a reject, or, of a whole archive, `error`: its",
+        "shard fails, is tried again and reported, and nothing of it is used.",
+        "",
+    ]
     for kind, cases in KINDS.items():
         lines += [
-            f"| {kind} | `{c.name}` | {c.verdict} | {c.why} |".replace("\\", "\\\\") for c in cases
+            f"## {kind}: {WHERE[kind]}",
+            "",
+            "| case | verdict | what it is |",
+            "|---|---|---|",
         ]
-    return "\n".join(lines) + "\n"
+        rows = (f"| `{c.name}` | {c.verdict} | {c.why} |" for c in cases)
+        lines += [row.replace("\\", "\\\\") for row in rows] + [""]
+    return "\n".join(lines)
 
 
 def main() -> None:

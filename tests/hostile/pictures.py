@@ -98,7 +98,7 @@ def rgba(seed: int) -> Image.Image:
 
 
 def palette(seed: int) -> Image.Image:
-    return photo(seed=seed).quantize(16)
+    return photo(seed=seed).quantize(16, method=Image.Quantize.FASTOCTREE)
 
 
 def ycck() -> bytes:
@@ -116,6 +116,8 @@ def turned(orientation: int) -> bytes:
 
 def frames(kind: str, seed: int, count: int = 3, **options) -> bytes:
     some = [photo(seed=seed + n) for n in range(count)]
+    if kind == "GIF":
+        some = [palette(seed + n) for n in range(count)]
     return encoded(some[0], kind, save_all=True, append_images=some[1:], **options)
 
 

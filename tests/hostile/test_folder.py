@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.store import Store
-from tests.hostile import corpus
+from tests.hostile import corpus, make
 from tests.hostile.case import SAMPLE
+from tests.hostile.corpus import SLOW
 from tests.pipeline.roots import tree
 
-SLOW = {"allowed.png", "many-scans.jpg"}  # seconds each
 BOUND = 1_500_000_000  # bytes of memory: 11 for each of MAX_PIXELS, and the libraries
 
 
@@ -65,6 +65,12 @@ def test_what_is_stored_of_a_caption_is_text(rows, which, case):
 
 def test_the_program_in_a_picture_did_not_run(rows):
     assert not Path("/tmp/microdit-hostile").exists()
+
+
+def test_the_readme_lists_every_case():
+    assert Path(__file__).with_name("README.md").read_text() == make.table()
+    for cases in make.KINDS.values():
+        assert len({case.name for case in cases}) == len(cases)
 
 
 @pytest.mark.slow

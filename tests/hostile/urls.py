@@ -42,7 +42,7 @@ CASES: list[Link] = [
     # Private addresses, in every way to write them.
     _link("loopback", REFUSED, "127.0.0.1", "http://127.0.0.1/a.jpg"),
     _link("localhost", REFUSED, "a name of loopback", "http://localhost/a.jpg"),
-    _link("localhost-dot", REFUSED, "the same with a dot", "http://localhost./a.jpg"),
+    _link("localhost-shouted", REFUSED, "the same in upper case", "http://LOCALHOST/a.jpg"),
     _link("decimal", REFUSED, "127.0.0.1 as one number", "http://2130706433/a.jpg"),
     _link("octal", REFUSED, "127.0.0.1 in octal", "http://0177.0.0.1/a.jpg"),
     _link("hexadecimal", REFUSED, "127.0.0.1 in hexadecimal", "http://0x7f.0.0.1/a.jpg"),
@@ -62,12 +62,6 @@ CASES: list[Link] = [
     ),
     # Malformed.
     _link("no-host", REFUSED, "no host", "http:///a.jpg"),
-    _link(
-        "newline",
-        REFUSED,
-        "a newline that begins a header",
-        "http://example.com/a.jpg\r\nHost: 127.0.0.1",
-    ),
     _link("port", REFUSED, "port 99999", "http://example.com:99999/a.jpg"),
     _link("bracket", REFUSED, "half of an IPv6 address", "http://[::1/a.jpg"),
     _link("empty", REFUSED, "no link", ""),
@@ -75,12 +69,18 @@ CASES: list[Link] = [
     _link("good", SAMPLE, "a picture", f"{SERVER}/good.jpg"),
     _link("to-file", REFUSED, "a redirect to file:", f"{SERVER}/redirect?to=file:///etc/passwd"),
     _link("to-loop", FAILED, "a redirect to itself", f"{SERVER}/loop"),
+    _link("newline", FAILED, "a newline that would begin a header", f"{SERVER}/a.jpg\r\nX-Evil: 1"),
     _link("missing", FAILED, "404", f"{SERVER}/missing.jpg"),
     _link("html", "undecodable", "an error page with status 200", f"{SERVER}/html.jpg"),
     _link("nothing", FAILED, "no bytes with status 200", f"{SERVER}/nothing.jpg"),
     _link("endless", "too-large", "a body without end", f"{SERVER}/endless.jpg"),
     _link("short-body", FAILED, "fewer bytes than announced", f"{SERVER}/short.jpg"),
-    _link("drip", FAILED, "a byte every second, for ever", f"{SERVER}/drip.jpg"),
-    _link("bomb", "too-large", "gzip of 1 GB as content encoding", f"{SERVER}/bomb.jpg"),
+    _link("drip", FAILED, "a byte every half second", f"{SERVER}/drip.jpg"),
+    _link(
+        "bomb",
+        "too-large",
+        "gzip as content encoding, 64 MB of zeros in 64 KB",
+        f"{SERVER}/bomb.jpg",
+    ),
     _link("no-ai", "opted-out", "X-Robots-Tag: noai", f"{SERVER}/noai.jpg"),
 ]

@@ -231,6 +231,13 @@ def test_a_jpeg_that_only_pillow_takes_is_decoded():
 # What must be refused.
 
 
+def test_why_a_picture_is_refused_is_the_same_in_every_process():
+    """It stands in the parquet: no address in memory may be in it."""
+    with pytest.raises(BadPicture) as error:
+        read_pixels(b"no picture")
+    assert str(error.value) == "cannot identify its format"
+
+
 @pytest.mark.parametrize(
     "data",
     [
