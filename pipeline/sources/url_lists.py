@@ -8,6 +8,7 @@ file leave the shards before them as they are.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -65,16 +66,17 @@ def parts(store: Store, folder: str, wanted: UrlList) -> list[tuple[str, int]]:
         fs, path = fsspec.core.url_to_fs(wanted.url_list)
         found = _files(fs, path, wanted)
     files = []
-    for path, format, version in found:
+    for number, (path, format, version) in enumerate(found, 1):
         made = known.get((shown(path), version)) if version else None
         if made is None:
+            print(f"reading list {number} of {len(found)}: {shown(path)}", file=sys.stderr)
             made = [
                 [_place(store, folder, rows), rows.num_rows]
                 for rows in split(fs, path, format, wanted)
             ]
         files.append({"name": shown(path), "version": version, "parts": made})
-    if files != kept["files"]:
-        store.write_json(record, {"schema": SCHEMA, "files": files})
+        if files != kept["files"][:number]:  # after each, so that an interrupted run goes on there
+            store.write_json(record, {"schema": SCHEMA, "files": files})
     return [(name, rows) for file in files for name, rows in file["parts"]]
 
 

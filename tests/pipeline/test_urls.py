@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import fsspec
@@ -56,7 +58,7 @@ def photo(seed: int, width: int = 300, height: int = 260) -> bytes:
 
 
 def source(store: Store, **changes) -> Urls:
-    base = {"allow_private_hosts": True, "host_rate": 0, "timeout": 1, "deadline": 3}
+    base = {"allow_private_hosts": True, "host_rate": 0, "timeout": 5, "deadline": 20}
     made = Urls.model_validate({**base, "retries": 0, **changes})
     made.attach(store, LISTS)
     return made
@@ -172,6 +174,27 @@ def test_only_files_that_changed_are_read_again(tmp_path, store, monkeypatch):
     csv_of(folder / "b.csv", ROWS[4:])
     assert rows_of(source(store, url_list=str(folder))) == ROWS
     assert read == ["b.csv"]
+
+
+def test_reading_that_was_interrupted_goes_on(tmp_path, store, monkeypatch, capsys):
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    csv_of(folder / "a.csv", ROWS[:4])
+    csv_of(folder / "b.csv", ROWS[4:])
+    real = url_table._tables
+
+    def killed(path, *rest):
+        if path.name == "b.csv":
+            raise KeyboardInterrupt
+        return real(path, *rest)
+
+    monkeypatch.setattr(url_table, "_tables", killed)
+    with pytest.raises(KeyboardInterrupt):
+        source(store, url_list=str(folder)).shards()
+    monkeypatch.setattr(url_table, "_tables", real)
+    capsys.readouterr()
+    assert rows_of(source(store, url_list=str(folder))) == ROWS
+    assert capsys.readouterr().err == f"reading list 2 of 2: {folder}/b.csv\n"
 
 
 def test_a_list_on_the_web_leaves_no_secret(tmp_path, store, web):
@@ -408,6 +431,32 @@ def test_the_yaml_of_the_source_and_flags(tmp_path):
         config = load_config("urls", None, {**overrides, **more})
         with pytest.raises(SettingError, match=next(iter(bad))):
             build_stage("download", config)
+
+
+@pytest.mark.slow
+def test_the_command_downloads_a_list(tmp_path, web):
+    rows = [(web.add(f"/{i}.jpg", photo(i)), f"number {i}") for i in range(6)]
+    path = csv_of(tmp_path / "list.csv", rows)
+    command = [
+        str(Path(sys.executable).with_name("pipeline")),
+        "run",
+        "download",
+        "--source",
+        "urls",
+    ]
+    command += ["--root", str(tmp_path / "root"), "--workers", "2"]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "url_list" in refused.stderr
+    for setting in (f"url_list={path}", "number_sample_per_shard=3", "allow_private_hosts=true"):
+        command += ["--set", setting]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    store = Store(tmp_path / "root")
+    assert [row["caption"] for n in range(2) for row in table_of(store, f"0000{n}")] == [
+        caption for _, caption in rows
+    ]
+    assert len(web.hits) == 6 + web.count("/robots.txt")
 
 
 # ---- cifar-captions
