@@ -37,7 +37,7 @@ def fresh(monkeypatch):
 
 def settings(**changes) -> HttpSettings:
     base = {"allow_private_hosts": True, "host_rate": 0, "robots": False, "retries": 1}
-    return HttpSettings.model_validate({**base, "timeout": 0.5, "deadline": 1.5, **changes})
+    return HttpSettings.model_validate({**base, "timeout": 5, "deadline": 20, **changes})
 
 
 def get(url: str, seam: Seam | None = None, **changes) -> bytes | FetchError:
@@ -150,7 +150,7 @@ def test_what_may_go_better_is_tried_again(web, bad):
         "short": servers.short(PICTURE),
     }
     url = web.route("/a.jpg", servers.first(1, routes[bad], servers.data(PICTURE)))
-    assert get(url) == PICTURE
+    assert get(url, timeout=0.3 if bad == "silent" else 5) == PICTURE
     assert len(web.hits) == 2
 
 
@@ -161,7 +161,7 @@ def test_what_may_go_better_is_tried_again(web, bad):
         (servers.reset(), "127.0.0.1: connection failed: ECONNRESET (try 2 of 2)"),
         (servers.reset(PICTURE), "the connection ended after 5,124 of 6,124 bytes"),
         (servers.short(PICTURE), "the connection ended after 5,124 of 6,124 bytes"),
-        (servers.silence(0.8), "127.0.0.1: nothing came for 0.5 s"),
+        (servers.silence(0.8), "127.0.0.1: nothing came for 0.4 s"),
         (servers.status(200), "an empty answer with status 200"),
         (servers.status(302), "HTTP 302 without a Location"),
         (servers.status(204), "HTTP 204"),
@@ -169,7 +169,8 @@ def test_what_may_go_better_is_tried_again(web, bad):
     ],
 )
 def test_what_stays_bad_is_a_failed_download(web, bad, detail):
-    reason, text = failure(web.route("/a.jpg", bad))
+    timeout = 0.4 if "nothing came" in detail else 5
+    reason, text = failure(web.route("/a.jpg", bad), timeout=timeout)
     assert reason == "failed_to_download"
     assert text.startswith(detail)
 
@@ -178,7 +179,7 @@ def test_a_slow_drip_ends_at_the_deadline(web):
     started = time.monotonic()
     reason, detail = failure(web.route("/a.jpg", servers.drip(PICTURE)), deadline=0.6)
     assert (reason, detail) == ("failed_to_download", "not whole after 0.6 s, the deadline")
-    assert time.monotonic() - started < 1.2
+    assert time.monotonic() - started < 5  # of 256
 
 
 def test_a_host_that_is_not_there(web):
@@ -190,6 +191,13 @@ def test_a_host_that_is_not_there(web):
         "failed_to_download",
         "127.0.0.1: connection failed: ECONNREFUSED (try 2 of 2)",
     )
+
+
+def test_what_comes_beyond_the_announced_length_is_not_taken_for_the_next_answer(web):
+    long = web.route("/long", servers.long(PICTURE + b"HTTP/1.1 200 OK\r\n\r\nhaha", len(PICTURE)))
+    links = [long, web.add("/next.jpg", PICTURE + b"next")]
+    found = list(fetch_all(settings(host_concurrency=1), links))
+    assert found == [PICTURE, PICTURE + b"next"]
 
 
 @pytest.mark.parametrize("kind", ["text/html", "image/jpeg"])
@@ -253,7 +261,7 @@ def test_a_server_that_asks_for_more_patience_than_there_is(web):
     busy = web.route("/a.jpg", servers.status(503, Retry_After="3600"))
     started = time.monotonic()
     found = list(fetch_all(settings(host_concurrency=1), [busy, web.add("/b.jpg", PICTURE)]))
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10  # of 3600
     assert [str(f) for f in found] == [
         "HTTP 503 (try 1 of 2); it asks to wait 3600 s",
         "127.0.0.1 asks to wait 3600 s",
@@ -553,7 +561,7 @@ def test_a_site_without_robots_txt_allows_all(web):
 @pytest.mark.parametrize("bad", [servers.status(503), servers.silence(0.8), servers.reset()])
 def test_a_site_whose_robots_txt_fails_is_left_alone_for_now(web, bad):
     web.route("/robots.txt", bad)
-    reason, detail = failure(web.add("/a.jpg", PICTURE), robots=True, retries=0)
+    reason, detail = failure(web.add("/a.jpg", PICTURE), robots=True, retries=0, timeout=0.5)
     assert reason == "failed_to_download"  # so that --retry-failed asks again
     assert detail.startswith("robots.txt: ")
     assert web.count("/a.jpg") == 0
@@ -563,8 +571,9 @@ def test_robots_txt_that_drips_or_never_ends_is_bounded(web):
     web.route("/robots.txt", servers.drip(b"User-agent: *\n" * 100))
     web.add("/a.jpg", PICTURE)
     started = time.monotonic()
-    assert failure(web.url + "/a.jpg", robots=True, retries=0)[0] == "failed_to_download"
-    assert time.monotonic() - started < 1.2
+    reason, _ = failure(web.url + "/a.jpg", robots=True, retries=0, timeout=0.5)
+    assert reason == "failed_to_download"
+    assert time.monotonic() - started < 10  # of 70
 
     def endless():
         yield b"User-agent: *\nDisallow: /\n"
