@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar
 
@@ -199,12 +200,13 @@ class WebDataset(Hosted):
         found: list[str] = []
         for word in pattern.split():
             try:
-                for name in braceexpand(word):
-                    found += self._matches(name) if "*" in name else [name]
-                    if len(found) > MAX_TARS:
-                        raise SettingError(f"{word}: over {MAX_TARS} files; split the source")
+                names = list(islice(braceexpand(word), MAX_TARS + 1))
             except ValueError as error:
                 raise SettingError(f"{word}: {error}") from None
+            for name in names:
+                found += self._matches(name) if "*" in name else [name]
+        if len(found) > MAX_TARS:
+            raise SettingError(f"{pattern}: over {MAX_TARS} files; make it several sources")
         return found
 
     def _matches(self, pattern: str) -> list[str]:

@@ -130,7 +130,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def respond(self) -> None:
         raise NotImplementedError
 
-    def send(self, status: int, body: bytes = b"", **headers: str) -> None:
+    def send(self, status: int, body: bytes = b"", /, **headers: str) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -210,7 +210,7 @@ class _Cdn(_Handler):
         data = self.content(parts.path, parse_qs(parts.query))
         fault = self.take_fault(parts.path)
         if fault.status:
-            return self.send(fault.status, **fault.headers)
+            return self.send(fault.status, b"", **fault.headers)
         if fault.html:
             return self.send(200, b"<html>Please log in</html>", Content_Type="text/html")
         if data is None:
@@ -264,7 +264,7 @@ class _Cdn(_Handler):
             self.send(status, data, **headers)
             return
         length = headers.pop("Content_Length", str(len(data)))
-        self.send(status, **headers, Content_Length=length)
+        self.send(status, b"", **headers, Content_Length=length)
         if fault.drip is not None:
             for byte in data:
                 self.wfile.write(bytes([byte]))
