@@ -115,6 +115,8 @@ def _explained(repo: str, revision: str, path: str = "") -> Iterator[None]:
     import requests
     from huggingface_hub import errors
 
+    from pipeline.sources.transfer_http import retry_after
+
     page = f"{(_endpoint() or 'https://huggingface.co').rstrip('/')}/datasets/{repo}"
     try:
         yield
@@ -145,7 +147,8 @@ def _explained(repo: str, revision: str, path: str = "") -> Iterator[None]:
             ) from None
         if 400 <= status < 500 and status not in (408, 429):
             raise TransferError(f"{repo}@{revision}: {path}: HTTP {status}") from None
-        raise Interrupted(f"the hub answers with HTTP {status}") from None
+        asked = retry_after(error.response.headers) if error.response is not None else 0.0
+        raise Interrupted(f"the hub answers with HTTP {status}", asked) from None
     except (requests.RequestException, errors.FileMetadataError) as error:
         raise Interrupted(f"{type(error).__name__}: {harmless(str(error))}") from None
 

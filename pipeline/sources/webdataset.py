@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator
 
+from pipeline.core import remote
 from pipeline.core.errors import SettingError
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
@@ -20,6 +22,7 @@ from pipeline.sources.captions import caption_text
 from pipeline.sources.hosted import Hosted
 
 MAX_TARS = 100_000  # ids have five digits
+MAX_JSON_BYTES = 1 << 20  # in memory it may take thirty times as much
 
 
 class WebDataset(Hosted):
@@ -114,17 +117,15 @@ class WebDataset(Hosted):
         if name is None:
             held = ", ".join(sorted(found.names)) or "nothing"
             return Reject(key, "download", "no-picture", f"{found.stem[:200]!r} has {held}")
-        try:
-            caption = self._caption(found, captions)
-            facts = _json(found) if "json" in found.data else {}
-        except ValueError as error:
-            return Reject(key, "download", "no-caption", f"{found.stem[:200]!r}: {error}")
-        texts = _texts(caption)
+        facts = _json(found.data.get("json", b""))
+        texts = _texts(self._caption(found, facts, captions))
         if not texts and self.caption != "none":
-            return Reject(key, "download", "no-caption", f"{found.stem[:200]!r}: no caption")
+            detail = f"{found.stem[:200]!r}: nothing at {self.caption}"
+            return Reject(key, "download", "no-caption", detail)
         # img2dataset notes where on the web a picture was.
         origin = facts.get("url") if isinstance(facts, dict) else None
-        where = readable(origin)[:4000] if isinstance(origin, str) else f"{url}/{found.names[name]}"
+        inside = f"{url}/{found.names[name].removeprefix('./')}"
+        where = readable(origin)[:4000] if isinstance(origin, str) else inside
         references = texts if len(texts) > 1 else ()
         ref = ImageRef(key, where, texts[0] if texts else "", references)
         return RawImage(ref, found.data[name])
@@ -138,17 +139,16 @@ class WebDataset(Hosted):
             return self.image if self.image in found.data else None
         return next((e for e in found.data if e in archives.PICTURES), None)
 
-    def _caption(self, found: Sample, captions: dict[str, Any] | None) -> Any:
+    def _caption(self, found: Sample, facts: Any, captions: dict[str, Any] | None) -> Any:
         kind, _, name = self.caption.partition(":")
         if kind == "none":
             return ""
         if captions is not None:
             return captions.get(PurePosixPath(found.stem).name)
         if kind == "json":
-            value: Any = _json(found)
             for part in name.split("."):
-                value = value.get(part) if isinstance(value, dict) else None
-            return value
+                facts = facts.get(part) if isinstance(facts, dict) else None
+            return facts
         data = found.data.get(kind)
         return None if data is None else caption_text(data)
 
@@ -218,18 +218,13 @@ class WebDataset(Hosted):
             paths = hub.files(address.repo, address.revision)
             within = where.removesuffix(address.path)
             found = [within + path for path in paths if test.fullmatch(path)]
+        elif "://" not in where:
+            found = sorted(glob.glob(where))
         else:
-            from fsspec.core import url_to_fs
-
-            fs, path = url_to_fs(where)
-            found = sorted(fs.glob(path))  # pyright: ignore
-            if "://" in where:
-                found = [fs.unstrip_protocol(name) for name in found]
+            found = _listed(where)
         # The pattern may be relative, or name a branch; what was found says more than that.
         given = pattern[: pattern.index("*")]
         known = where[: where.index("*")]
-        if "://" not in where:
-            known = str(Path(known + "x").absolute())[:-1]
         return [given + name.removeprefix(known) for name in found]
 
 
@@ -276,6 +271,20 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, ending.lower()
 
 
+def _listed(url: str) -> list[str]:
+    """URLs that a pattern matches on an object store, sorted.
+
+    Raises:
+        SettingError: it cannot be listed.
+    """
+    try:
+        fs = remote.connect(url, url.split("://")[0])
+        return sorted(fs.unstrip_protocol(name) for name in fs.glob(url))
+    except Exception as error:  # clients have no common base
+        text = transfer.harmless(str(error) or type(error).__name__)
+        raise SettingError(f"{transfer.public(url)}: cannot be listed: {text}") from None
+
+
 def _hub_base(url: str) -> str:
     """hf://datasets/OWNER/NAME[@REVISION] of a file's URL; "" of any other."""
     found = re.match(r"hf://datasets/[^/]+/[^/]+", url)
@@ -288,15 +297,14 @@ def _beside(tar: str) -> str:
     return re.sub(r"\.(tar|tgz|tar\.\w+)$", "", path) + ".parquet" + mark + query
 
 
-def _json(found: Sample) -> Any:
-    """
-    Raises:
-        ValueError: it is none.
-    """
+def _json(data: bytes) -> Any:
+    """What a sample's json says; nothing where it is none, or no description of a picture."""
+    if len(data) > MAX_JSON_BYTES:
+        return None
     try:
-        return json.loads(found.data.get("json", b"null"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its json: {error}") from None
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _texts(value: Any) -> tuple[str, ...]:

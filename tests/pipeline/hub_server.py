@@ -152,7 +152,8 @@ class _Hub(_Handler):
         )
         if found is not None:
             repo, kind, revision, folder = found.groups()
-            if self.allowed(repo, revision or "main"):
+            # What a gated dataset is called and has anybody may know, but not what is in it.
+            if self.allowed(repo, revision or "main", read=False):
                 self.tree(repo, folder or "") if kind == "tree" else self.info(repo)
             return
         found = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path)
@@ -161,11 +162,11 @@ class _Hub(_Handler):
         elif self.allowed(found[1], found[2]):
             self.resolve(found[1], found[3])
 
-    def allowed(self, repo: str, revision: str) -> bool:
+    def allowed(self, repo: str, revision: str, read: bool = True) -> bool:
         authorized = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
         if repo not in self.hub.repos:
             self.send(401, X_Error_Code="RepoNotFound")
-        elif repo in self.hub.gated and not authorized:
+        elif read and repo in self.hub.gated and not authorized:
             status = 403 if "Authorization" in self.headers else 401
             self.send(status, X_Error_Code="GatedRepo")
         elif revision not in ("main", self.hub.commit):

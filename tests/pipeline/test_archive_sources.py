@@ -176,7 +176,7 @@ def test_sa1b_has_no_captions_of_its_own_and_its_photographs_are_shrunk(server, 
     found = rows(store, "sa1b", "00020")
     assert [row["key"] for row in found] == ["0002000000", "0002000001", "0002000002"]
     assert [row["caption"] for row in found] == [""] * 3
-    assert found[0]["url"] == "sa1b:sa_000020.tar/./sa_201.jpg"
+    assert found[0]["url"] == "sa1b:sa_000020.tar/sa_201.jpg"
     sizes = {(r["width"], r["height"], r["original_width"], r["original_height"]) for r in found}
     assert sizes == {(768, 512, 900, 600)}
 
@@ -443,6 +443,7 @@ def test_what_is_no_sample_is_a_reject_with_its_reason(server, store, tmp_path):
         ("._0008.jpg", b"a fork"),
         ("0009.PNG", upstream.picture(9, form="PNG")),
         ("0009.txt", "\ufeffÜber".encode()),
+        ("0009.json", b"[" * 100_000),
     ]
     (tmp_path / "t.tar").write_bytes(upstream.tar(members))
     run_here(stage("webdataset", tars=str(tmp_path / "t.tar")), store)
@@ -485,6 +486,7 @@ def test_only_the_keys_that_are_asked_for(server, store):
         ({"tars": "{0..999999}.tar"}, "over 100000 files"),
         ({"tars": "https://me:s3cr3t@host/t.tar"}, "must hold no user"),
         ({"tars": "t.tar", "base": "https://host/?s3cr3t"}, "must hold no user"),
+        ({"tars": "nothing://x/*.tar"}, "cannot be listed: .*Protocol not known"),
         ({"tars": "t.tar", "caption": "json:"}, "caption"),
     ],
 )

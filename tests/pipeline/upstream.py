@@ -158,7 +158,9 @@ def diffusiondb(parts: dict[int, list[tuple[str, float, float]]]) -> dict[str, b
         members, index = [], {}
         for n, (prompt, image_nsfw, prompt_nsfw) in enumerate(pictures):
             name = f"{part:06d}-{n}.webp"
-            members.append((name, picture(part * 1000 + n, 512, 512, "WEBP", lossless=True)))
+            members.append(
+                (name, picture(part * 1000 + n, 512, 512, "WEBP", lossless=True, method=0))
+            )
             index[name] = {"p": prompt, "se": n, "c": 7.0, "st": 50, "sa": "k_lms"}
             if prompt is not None:
                 rows.append(
