@@ -137,7 +137,7 @@ def test_a_folder_of_lists_is_read_in_order_of_name(tmp_path, store):
     with pytest.raises(SettingError, match=r"2 formats; say which: input_format=csv\|tsv"):
         source(store, url_list=str(folder)).shards()
     assert source(store, url_list=str(folder), input_format="csv").shards()
-    with pytest.raises(SettingError, match=r"no list, no file named \*\.parquet"):
+    with pytest.raises(SettingError, match=r"no file named \*\.parquet"):
         source(store, url_list=str(folder), input_format="parquet").shards()
 
 
