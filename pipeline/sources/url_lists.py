@@ -106,37 +106,28 @@ def read(store: Store, folder: str, name: str) -> Iterator[Row]:
 
 def _files(fs: Any, path: str, wanted: UrlList) -> list[tuple[str, str, str]]:
     """(path, format, version) of each file of the list, in order of name."""
+    name = f"url_list={shown(wanted.url_list)}"
     # An HTTP client takes any page with links for a folder.
-    is_folder = not _is_http(fs) and fs.isdir(path)
-    if not is_folder:
-        names = [path]
-    else:
-        endings = ENDINGS if wanted.input_format == "auto" else (wanted.input_format,)
-        names = sorted(n for n in fs.ls(path, detail=False) if _format(n) in endings)
-        formats = {_format(name) for name in names}
-        if len(formats) != 1:
+    if _is_http(fs) or not fs.isdir(path):
+        info = fs.info(path)
+        format = _format(path) if wanted.input_format == "auto" else wanted.input_format
+        if format is None:
             raise SettingError(
-                f"url_list={shown(wanted.url_list)}: the folder holds "
-                + (f"lists in {len(formats)} formats; say which: " if formats else "no list, ")
-                + ("input_format=" if formats else "no file named *.")
-                + "|".join(sorted(str(f) for f in formats) or endings)
+                f"{name}: its name does not tell the format; set input_format, one of "
+                + ", ".join(ENDINGS)
             )
-    return [
-        (name, _format(name) or "" if is_folder else _chosen(name, wanted), _version(fs, name))
-        for name in names
-    ]
-
-
-def _chosen(name: str, wanted: UrlList) -> str:
-    if wanted.input_format != "auto":
-        return wanted.input_format
-    format = _format(name)
-    if format is None:
+        return [(path, format, _version(info))]
+    entries = {entry["name"]: entry for entry in fs.ls(path, detail=True)}
+    endings = ENDINGS if wanted.input_format == "auto" else (wanted.input_format,)
+    formats = {found: format for found in entries if (format := _format(found) or "") in endings}
+    if not formats:
+        raise SettingError(f"{name}: the folder holds no file named *.{'|'.join(endings)}")
+    if len(kinds := sorted(set(formats.values()))) > 1:
         raise SettingError(
-            f"url_list={shown(wanted.url_list)}: the name does not tell its format; set "
-            f"input_format, one of {', '.join(ENDINGS)}"
+            f"{name}: the folder holds lists in {len(kinds)} formats; say which: "
+            f"input_format={'|'.join(kinds)}"
         )
-    return format
+    return [(found, formats[found], _version(entries[found])) for found in sorted(formats)]
 
 
 def _format(name: str) -> str | None:
@@ -144,9 +135,8 @@ def _format(name: str) -> str | None:
     return next((ending for ending in ENDINGS if path.lower().endswith(f".{ending}")), None)
 
 
-def _version(fs: Any, path: str) -> str:
+def _version(info: dict[str, Any]) -> str:
     """Changes when the file does; "" where the server does not tell, so it is read anew."""
-    info = fs.info(path)
     told = {key: str(info[key]) for key in _VERSIONS if info.get(key)}
     return fingerprint({"size": info.get("size"), **told}) if told else ""
 

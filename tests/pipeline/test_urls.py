@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def test_a_folder_of_lists_is_read_in_order_of_name(tmp_path, store):
     with pytest.raises(SettingError, match=r"2 formats; say which: input_format=csv\|tsv"):
         source(store, url_list=str(folder)).shards()
     assert source(store, url_list=str(folder), input_format="csv").shards()
-    with pytest.raises(SettingError, match=r"no list, no file named \*\.parquet"):
+    with pytest.raises(SettingError, match=r"no file named \*\.parquet"):
         source(store, url_list=str(folder), input_format="parquet").shards()
 
 
@@ -457,6 +458,46 @@ def test_the_command_downloads_a_list(tmp_path, web):
         caption for _, caption in rows
     ]
     assert len(web.hits) == 6 + web.count("/robots.txt")
+
+
+@pytest.mark.slow
+def test_img2dataset_makes_the_same_of_the_same_list(tmp_path, store, web):
+    """Its command is the contract: names of files, keys, members, columns, counts."""
+    rows = [(web.add(f"/{i}.jpg", photo(i)), f"number {i}") for i in range(4)]
+    rows.insert(2, (web.url + "/gone.jpg", "gone"))
+    rows.append((web.add("/opt-out.jpg", photo(9), X_Robots_Tag="noai"), "opted out"))
+    path = csv_of(tmp_path / "list.csv", rows)
+    command = [str(Path(sys.executable).with_name("img2dataset")), "--url_list", path]
+    command += ["--input_format", "csv", "--caption_col", "caption", "--resize_mode", "no"]
+    command += ["--output_format", "webdataset", "--output_folder", str(tmp_path / "theirs")]
+    command += ["--processes_count", "1", "--compute_hash", "sha256"]
+    env = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1"}
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    run(store, source(store, url_list=path))
+    commit = read_commit(store, IMAGES, "00000")
+    assert commit is not None
+    theirs = tmp_path / "theirs"
+    their_rows = {row["key"]: row for row in pq.read_table(theirs / "00000.parquet").to_pylist()}
+    our_rows = {row["key"]: row for row in table_of(store)}
+    assert set(our_rows) == set(their_rows)
+    for key, row in their_rows.items():
+        assert (our_rows[key]["status"] == "success") == (row["status"] == "success")
+        assert set(row) <= set(our_rows[key])
+        if row["status"] == "success":
+            same = ("url", "caption", "width", "height", "original_width", "original_height")
+            assert [our_rows[key][name] for name in same] == [row[name] for name in same]
+    tars = [
+        {key: set(fields) for key, fields in read_samples(data)}
+        for data in (
+            (theirs / "00000.tar").read_bytes(),
+            store.read(f"{IMAGES}/{commit.file('.tar')}"),
+        )
+    ]
+    assert tars[0] == tars[1]
+    stats = json.loads((theirs / "00000_stats.json").read_text())
+    ours = store.read_json(f"{IMAGES}/{commit.file('.tar').removesuffix('.tar')}_stats.json")
+    assert set(stats) == set(ours)
+    assert (stats["count"], stats["successes"]) == (ours["count"], ours["successes"])
 
 
 # ---- cifar-captions
