@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pydantic import BeforeValidator, Field
 
 from pipeline.sources.http import listed
-from pipeline.sources.url_lists import UrlList
+from pipeline.sources.url_table import UrlList
 from pipeline.sources.urls import Urls
 
 CLASSES = (
@@ -57,8 +57,9 @@ class CifarCaptions(Urls):
     def _chosen(self, table: pa.Table) -> pa.Table:
         keep: Any = pc.match_substring_regex(table["caption"], pattern(self.classes))  # pyright: ignore
         if self.min_listed_size:
-            shorter = pc.min_element_wise(table["width"], table["height"])  # pyright: ignore
-            keep = pc.and_(keep, pc.greater_equal(shorter, self.min_listed_size))  # pyright: ignore
+            # A size that the list does not tell is judged when the picture is there.
+            shorter = pc.min_element_wise(table["width"], table["height"], self.min_listed_size)  # pyright: ignore
+            keep = pc.and_(keep, pc.equal(shorter, self.min_listed_size))  # pyright: ignore
         return table.filter(keep)
 
 

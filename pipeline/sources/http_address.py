@@ -53,6 +53,8 @@ def parse(url: str, judge: Judge) -> URL:
             raise Refused(f"host {host[:80]}: an address in an unusual form") from None
         if why := judge(address):
             raise Refused(f"{address}: {why}")
+    elif not _NAME.fullmatch(host) or len(host) > 254:
+        raise Refused(f"host {host[:80]!r}: no name")
     return found
 
 
@@ -102,6 +104,7 @@ class JudgedResolver(AbstractResolver):
         await self._inner.close()
 
 
+_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")  # international ones as xn--…
 _ENCODED = re.compile(r"[!-~]+")  # ASCII without spaces
 _UNICAST = ipaddress.ip_network("2000::/3")  # all that is routed in public
 _NAMED = tuple(

@@ -44,9 +44,9 @@ class Room:
         try:
             await future
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
-                self.give(amount)
+            let_in = future.done() and not future.cancelled()
             self._forget(index)
+            self.give(amount if let_in else 0)  # the next one may fit where this one did not
             raise
 
     def give(self, amount: int = 1) -> None:

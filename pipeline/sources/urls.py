@@ -16,7 +16,8 @@ from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample
 from pipeline.core.store import Store
 from pipeline.sources import url_lists
 from pipeline.sources.http import FetchError, HttpSettings, fetch_all, listed
-from pipeline.sources.url_lists import Row, UrlList
+from pipeline.sources.url_lists import Row
+from pipeline.sources.url_table import ENDINGS, UrlList
 
 BYTES_A_PICTURE = 120_000  # in a tar, roughly: a photograph whose shorter side is 512
 
@@ -29,7 +30,7 @@ class Urls(HttpSettings):
     rules: ClassVar[Rules] = Rules()
 
     url_list: Annotated[str, Field(min_length=1)]  # a file, or a folder of files of one format
-    input_format: Literal[("auto", *url_lists.ENDINGS)] = "auto"  # pyright: ignore
+    input_format: Literal[("auto", *ENDINGS)] = "auto"  # pyright: ignore
     url_col: str = "url"
     #: None, or empty: pictures without captions, for a captioner to write.
     caption_col: Annotated[str | None, BeforeValidator(lambda v: v or None)] = "caption"

@@ -223,6 +223,18 @@ def short(body: bytes, missing: int = 1000) -> Route:
     return route
 
 
+def long(body: bytes, announced: int) -> Route:
+    """More than was announced."""
+
+    def route(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(announced))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return route
+
+
 def reset(after: bytes = b"") -> Route:
     """A connection reset, before the answer or in its body."""
 
