@@ -72,18 +72,12 @@ def members(
     with _judged(path):
         for raw_name, problem, load in read(path, limit):
             name = readable(raw_name)
-            reason, detail = problem or _suspicious(name) or ("", "")
-            if not reason and name in seen:
-                reason, detail = "unsafe-member", "the archive has another member of this name"
+            problem = problem or _suspicious(name)
+            if name in seen:
+                problem = problem or ("unsafe-member", "the archive has another of this name")
             if unique:
                 seen.add(name)
-            data = b""
-            if not reason and wanted(name):
-                try:
-                    data = load()
-                except _BadMember as error:
-                    reason, detail = "undecodable", str(error)
-            yield Member(name, data, reason, f"{name[:200]!r}: {detail}" if detail else "")
+            yield _member(name, problem, load if wanted(name) else bytes)
 
 
 def readable(name: str) -> str:
@@ -100,14 +94,8 @@ def named(path: Path, wanted: Iterable[str], limit: int = MEMBER_BYTES) -> Itera
             if info is None:
                 yield None
                 continue
-            reason, detail = _zip_problem(info) or _too_large(info.file_size, limit) or ("", "")
-            data = b""
-            if not reason:
-                try:
-                    data = _zip_data(archive, info)
-                except _BadMember as error:
-                    reason, detail = "undecodable", str(error)
-            yield Member(name, data, reason, f"{name[:200]!r}: {detail}" if detail else "")
+            problem = _zip_problem(info) or _too_large(info.file_size, limit)
+            yield _member(name, problem, lambda info=info: _zip_data(archive, info))
 
 
 def is_picture(name: str) -> bool:
@@ -143,10 +131,21 @@ class _BadMember(Exception):
     """One member cannot be read; those after it can."""
 
 
-_Entry = tuple[str, tuple[str, str] | None, Callable[[], bytes]]
+_Problem = tuple[str, str] | None  # reason and detail of a reject
+_Entry = tuple[str, _Problem, Callable[[], bytes]]
 
 
-def _suspicious(name: str) -> tuple[str, str] | None:
+def _member(name: str, problem: _Problem, load: Callable[[], bytes]) -> Member:
+    """What is in a file of an archive, or why it is refused."""
+    if problem is None:
+        try:
+            return Member(name, load())
+        except _BadMember as error:
+            problem = ("undecodable", str(error))
+    return Member(name, b"", problem[0], f"{name[:200]!r}: {problem[1]}")
+
+
+def _suspicious(name: str) -> _Problem:
     """Why nothing of this name is read."""
     if name.startswith(("/", "\\")) or (len(name) > 1 and name[1] == ":"):
         return "unsafe-member", "an absolute name"
@@ -162,7 +161,7 @@ def _suspicious(name: str) -> tuple[str, str] | None:
     return None
 
 
-def _too_large(size: int, limit: int) -> tuple[str, str] | None:
+def _too_large(size: int, limit: int) -> _Problem:
     return ("too-large", f"{size} bytes, over {limit}") if size > limit else None
 
 
@@ -298,7 +297,7 @@ def _overlapping(infos: list[zipfile.ZipInfo]) -> set[int]:
     return found
 
 
-def _zip_problem(info: zipfile.ZipInfo) -> tuple[str, str] | None:
+def _zip_problem(info: zipfile.ZipInfo) -> _Problem:
     kind = stat.S_IFMT(info.external_attr >> 16)
     if kind == stat.S_IFLNK:
         return "unsafe-member", "a symbolic link"

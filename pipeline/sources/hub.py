@@ -25,7 +25,7 @@ class Address(NamedTuple):
 
 class Link(NamedTuple):
     url: str
-    headers: dict[str, str]  # with the token: for the hub's own host alone
+    headers: dict[str, str]  # the token's: for the hub's own host alone
     facts: Facts
 
 
@@ -84,7 +84,6 @@ def link(url: str) -> Link:
         TransferError: it has no such file. Interrupted: ask again.
     """
     from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url
-    from huggingface_hub.utils._headers import build_hf_headers
 
     repo, revision, path = parse(url)
     where = hf_hub_url(repo, path, repo_type="dataset", revision=revision, endpoint=_endpoint())
@@ -95,7 +94,7 @@ def link(url: str) -> Link:
     # Of a large file (LFS) the hub gives the content's sha256 for an ETag; of others git's hash.
     checksum = f"sha256:{etag}" if re.fullmatch(r"[0-9a-f]{64}", etag) else ""
     version = etag if checksum else f"{found.commit_hash}/{etag}"
-    headers = {k: v for k, v in build_hf_headers(token=token).items() if v is not None}
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     return Link(where, headers, Facts(found.size, version, checksum))
 
 
@@ -115,6 +114,8 @@ def _explained(repo: str, revision: str, path: str = "") -> Iterator[None]:
     """The hub's refusals in one line each. No token and no signed link is in them."""
     import requests
     from huggingface_hub import errors
+
+    from pipeline.sources.transfer_http import retry_after
 
     page = f"{(_endpoint() or 'https://huggingface.co').rstrip('/')}/datasets/{repo}"
     try:
@@ -146,7 +147,8 @@ def _explained(repo: str, revision: str, path: str = "") -> Iterator[None]:
             ) from None
         if 400 <= status < 500 and status not in (408, 429):
             raise TransferError(f"{repo}@{revision}: {path}: HTTP {status}") from None
-        raise Interrupted(f"the hub answers with HTTP {status}") from None
+        asked = retry_after(error.response.headers) if error.response is not None else 0.0
+        raise Interrupted(f"the hub answers with HTTP {status}", asked) from None
     except (requests.RequestException, errors.FileMetadataError) as error:
         raise Interrupted(f"{type(error).__name__}: {harmless(str(error))}") from None
 

@@ -46,4 +46,5 @@ def _sample(key: str, member: Member, url: str, describe: Describe) -> RawImage 
     caption = describe(PurePosixPath(member.name).name)
     if not isinstance(caption, str):
         return Reject(key, "download", *caption)
-    return RawImage(ImageRef(key, f"{url}/{member.name}", caption), member.data)
+    where = f"{url}/{member.name.removeprefix('./')}"
+    return RawImage(ImageRef(key, where, caption), member.data)

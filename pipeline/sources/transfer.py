@@ -116,6 +116,7 @@ def local(
         with _explained(folder):
             _Fetch(url, target, checksum).run()
         if keep:
+            os.utime(target)  # in use: see remove_abandoned
             lock.close()  # nobody changes a whole file: it is replaced, if at all
             yield target
             return
@@ -262,20 +263,23 @@ def _record(target: Path) -> Path:
     return target.with_name(target.name + ".json")
 
 
+def _lock(target: Path) -> Path:
+    return target.with_name(target.name + ".lock")
+
+
 def _last_part(url: str) -> str:
     return urlsplit(url).path.rstrip("/").rpartition("/")[2] or "file"
 
 
 def _remove(target: Path) -> None:
-    """A file and what belongs to it, but its lock."""
-    for path in (target, _record(target), target.with_name(target.name + ".part")):
+    for path in _family(target):
         path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def locked(target: Path) -> Iterator[IO[str]]:
     """Holds a file's lock, which the kernel frees when its process dies."""
-    path = target.with_name(target.name + ".lock")
+    path = _lock(target)
     while True:
         lock = open(path, "w")  # noqa: SIM115
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -293,7 +297,7 @@ def locked(target: Path) -> Iterator[IO[str]]:
 
 def _require_space(folder: Path, need: int, url: str) -> None:
     if shutil.disk_usage(folder).free < need + RESERVE:
-        _remove_abandoned(folder)
+        remove_abandoned(folder)
     free = shutil.disk_usage(folder).free
     if free < need + RESERVE:
         raise StorageError(
@@ -302,30 +306,24 @@ def _require_space(folder: Path, need: int, url: str) -> None:
         )
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """What killed runs have left, or kept for others, and nobody holds or has read for a day."""
-    for record in folder.glob("*.json"):
-        target = record.with_suffix("")
-        stamps = [max(s.st_atime, s.st_mtime) for p in _family(target) if (s := _stat(p))]
-        if stamps and time.time() - max(stamps) > ABANDONED_S:
-            with open(target.with_name(target.name + ".lock"), "w") as lock:
+def remove_abandoned(folder: Path) -> None:
+    """What killed runs have left, or kept for others, and nobody has used for a day."""
+    targets = {path.with_suffix("") for path in folder.glob("*.json")}
+    for target in targets | set(folder.glob("*.parquet")):
+        used = [path.stat().st_mtime for path in _family(target) if path.exists()]
+        if used and time.time() - max(used) > ABANDONED_S:
+            with open(_lock(target), "w") as lock:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     continue
                 _remove(target)
-                Path(lock.name).unlink(missing_ok=True)
+                _lock(target).unlink(missing_ok=True)
 
 
 def _family(target: Path) -> list[Path]:
+    """A file, and what lies beside it but its lock."""
     return [target, _record(target), target.with_name(target.name + ".part")]
-
-
-def _stat(path: Path) -> os.stat_result | None:
-    try:
-        return path.stat()
-    except FileNotFoundError:
-        return None
 
 
 @contextlib.contextmanager

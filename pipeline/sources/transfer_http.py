@@ -97,7 +97,7 @@ def _judge(response: requests.Response, url: str) -> None:
     """Whether the answer is what was asked for."""
     status = response.status_code
     if status in _RETRIED:
-        raise Interrupted(f"HTTP {status}", _retry_after(response.headers))
+        raise Interrupted(f"HTTP {status}", retry_after(response.headers))
     if status in (401, 403):
         raise TransferError(
             f"{public(url)}: refused with HTTP {status}; if it is a signed link, it has expired: "
@@ -183,7 +183,7 @@ def _read(response: requests.Response, file: Any) -> None:
             began, received = time.monotonic(), 0
 
 
-def _retry_after(headers: Mapping[str, str]) -> float:
+def retry_after(headers: Mapping[str, str]) -> float:
     """Seconds that the server asks to wait; 0 where it does not."""
     value = headers.get("Retry-After", "").strip()
     if value.isdigit():

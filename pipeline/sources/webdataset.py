@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator
 
+from pipeline.core import remote
 from pipeline.core.errors import SettingError
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
@@ -19,6 +22,7 @@ from pipeline.sources.captions import caption_text
 from pipeline.sources.hosted import Hosted
 
 MAX_TARS = 100_000  # ids have five digits
+MAX_JSON_BYTES = 1 << 20  # in memory it may take thirty times as much
 
 
 class WebDataset(Hosted):
@@ -32,7 +36,7 @@ class WebDataset(Hosted):
     base: str = ""  # a folder, a URL, or hf://datasets/OWNER/NAME[@REVISION]
     #: Where captions are: "txt", "json:FIELD", "parquet:COLUMN" (a parquet beside each tar, as
     #: img2dataset writes, or `sidecar`), or "none": a captioner writes them.
-    caption: Annotated[str, Field(pattern=r"^(\w+|json:.+|parquet:.+)$")] = "txt"
+    caption: Annotated[str, Field(pattern=r"^(\w+|(json|parquet):.+)$")] = "txt"
     sidecar: str = ""  # one parquet for all tars, or a pattern of as many as there are tars
     sidecar_key: str = "key"  # its column with the samples' names: the last part, without endings
     image: str = ""  # the ending of a sample's picture; "": the first that is one
@@ -57,8 +61,6 @@ class WebDataset(Hosted):
         tars = self._expanded(self.tars)
         if not tars:
             raise SettingError(f"tars={self.tars}: there are none")
-        if len(tars) > MAX_TARS:
-            raise SettingError(f"tars={self.tars}: {len(tars)} tars; at most {MAX_TARS} a source")
         if self.sidecar and self._parquet() is None:
             raise SettingError(f"sidecar={self.sidecar}: needs caption=parquet:COLUMN")
         sidecars = self._expanded(self.sidecar)
@@ -115,17 +117,15 @@ class WebDataset(Hosted):
         if name is None:
             held = ", ".join(sorted(found.names)) or "nothing"
             return Reject(key, "download", "no-picture", f"{found.stem[:200]!r} has {held}")
-        try:
-            caption = self._caption(found, captions)
-            facts = _json(found) if "json" in found.data else {}
-        except ValueError as error:
-            return Reject(key, "download", "no-caption", f"{found.stem[:200]!r}: {error}")
-        texts = _texts(caption)
+        facts = _json(found.data.get("json", b""))
+        texts = _texts(self._caption(found, facts, captions))
         if not texts and self.caption != "none":
-            return Reject(key, "download", "no-caption", f"{found.stem[:200]!r}: no caption")
+            detail = f"{found.stem[:200]!r}: nothing at {self.caption}"
+            return Reject(key, "download", "no-caption", detail)
         # img2dataset notes where on the web a picture was.
         origin = facts.get("url") if isinstance(facts, dict) else None
-        where = readable(origin)[:4000] if isinstance(origin, str) else f"{url}/{found.names[name]}"
+        inside = f"{url}/{found.names[name].removeprefix('./')}"
+        where = readable(origin)[:4000] if isinstance(origin, str) else inside
         references = texts if len(texts) > 1 else ()
         ref = ImageRef(key, where, texts[0] if texts else "", references)
         return RawImage(ref, found.data[name])
@@ -139,17 +139,16 @@ class WebDataset(Hosted):
             return self.image if self.image in found.data else None
         return next((e for e in found.data if e in archives.PICTURES), None)
 
-    def _caption(self, found: Sample, captions: dict[str, Any] | None) -> Any:
+    def _caption(self, found: Sample, facts: Any, captions: dict[str, Any] | None) -> Any:
         kind, _, name = self.caption.partition(":")
         if kind == "none":
             return ""
         if captions is not None:
             return captions.get(PurePosixPath(found.stem).name)
         if kind == "json":
-            value: Any = _json(found)
             for part in name.split("."):
-                value = value.get(part) if isinstance(value, dict) else None
-            return value
+                facts = facts.get(part) if isinstance(facts, dict) else None
+            return facts
         data = found.data.get(kind)
         return None if data is None else caption_text(data)
 
@@ -201,30 +200,32 @@ class WebDataset(Hosted):
         found: list[str] = []
         for word in pattern.split():
             try:
-                for name in braceexpand(word):
-                    found += self._matches(name) if "*" in name else [name]
+                names = list(islice(braceexpand(word), MAX_TARS + 1))
             except ValueError as error:
                 raise SettingError(f"{word}: {error}") from None
+            for name in names:
+                found += self._matches(name) if "*" in name else [name]
+        if len(found) > MAX_TARS:
+            raise SettingError(f"{pattern}: over {MAX_TARS} files; make it several sources")
         return found
 
     def _matches(self, pattern: str) -> list[str]:
         """What there is, sorted, in the form in which it was asked for."""
-        base = _hub_base(pattern) or (self.base if self.base.startswith("hf://") else "")
-        if base:
-            address = hub.parse(base)
-            commit = self._commits.get(base, address.revision)
-            within = hub.parse(pattern).path if pattern.startswith("hf://") else pattern
-            wanted = f"{address.path}/{within}".lstrip("/")
-            test = re.compile(re.escape(wanted).replace(r"\*", "[^/]*"))
-            paths = [p for p in hub.files(address.repo, commit) if test.fullmatch(p)]
-            prefix = f"{base.removesuffix('/' + address.path) if address.path else base}/"
-            return [prefix + path for path in paths]
-        from fsspec.core import url_to_fs
-
         where = self._where(pattern)
-        fs, path = url_to_fs(where)
-        local = "://" not in where
-        return sorted(map(str, fs.glob(path)) if local else map(fs.unstrip_protocol, fs.glob(path)))
+        if where.startswith("hf://"):
+            address = hub.parse(where)
+            test = re.compile(re.escape(address.path).replace(r"\*", "[^/]*"))
+            paths = hub.files(address.repo, address.revision)
+            within = where.removesuffix(address.path)
+            found = [within + path for path in paths if test.fullmatch(path)]
+        elif "://" not in where:
+            found = sorted(glob.glob(where))
+        else:
+            found = _listed(where)
+        # The pattern may be relative, or name a branch; what was found says more than that.
+        given = pattern[: pattern.index("*")]
+        known = where[: where.index("*")]
+        return [given + name.removeprefix(known) for name in found]
 
 
 @dataclass
@@ -270,6 +271,20 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, ending.lower()
 
 
+def _listed(url: str) -> list[str]:
+    """URLs that a pattern matches on an object store, sorted.
+
+    Raises:
+        SettingError: it cannot be listed.
+    """
+    try:
+        fs = remote.connect(url, url.split("://")[0])
+        return sorted(fs.unstrip_protocol(name) for name in fs.glob(url))
+    except Exception as error:  # clients have no common base
+        text = transfer.harmless(str(error) or type(error).__name__)
+        raise SettingError(f"{transfer.public(url)}: cannot be listed: {text}") from None
+
+
 def _hub_base(url: str) -> str:
     """hf://datasets/OWNER/NAME[@REVISION] of a file's URL; "" of any other."""
     found = re.match(r"hf://datasets/[^/]+/[^/]+", url)
@@ -282,15 +297,14 @@ def _beside(tar: str) -> str:
     return re.sub(r"\.(tar|tgz|tar\.\w+)$", "", path) + ".parquet" + mark + query
 
 
-def _json(found: Sample) -> Any:
-    """
-    Raises:
-        ValueError: it is none.
-    """
+def _json(data: bytes) -> Any:
+    """What a sample's json says; nothing where it is none, or no description of a picture."""
+    if len(data) > MAX_JSON_BYTES:
+        return None
     try:
-        return json.loads(found.data.get("json", b"null"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its json: {error}") from None
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _texts(value: Any) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from pipeline.core.commits import MAX_REJECT_RATE, Commit, read_commit
 from pipeline.core.rules import Rules, keep
 from pipeline.core.samples import FAILED, ImageSample, InputShard, RawImage, Reject
 from pipeline.core.store import Store, canonical_json, fingerprint, sha256
+from pipeline.sources import transfer
 from pipeline.stages import Job, Needs
 from pipeline.stages.images import stored_samples, write_images
 
@@ -129,7 +130,7 @@ class _Worker:
 
     def take_counters(self) -> Counter[str]:
         taken, self.counters = self.counters, Counter()
-        return taken
+        return taken + transfer.take_counters()
 
     def __call__(self, job: Job) -> dict[str, Commit]:
         return {group: self._make(job, group) for group in job.groups}

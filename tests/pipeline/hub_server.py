@@ -130,7 +130,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def respond(self) -> None:
         raise NotImplementedError
 
-    def send(self, status: int, body: bytes = b"", **headers: str) -> None:
+    def send(self, status: int, body: bytes = b"", /, **headers: str) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -152,7 +152,8 @@ class _Hub(_Handler):
         )
         if found is not None:
             repo, kind, revision, folder = found.groups()
-            if self.allowed(repo, revision or "main"):
+            # What a gated dataset is called and has anybody may know, but not what is in it.
+            if self.allowed(repo, revision or "main", read=False):
                 self.tree(repo, folder or "") if kind == "tree" else self.info(repo)
             return
         found = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path)
@@ -161,11 +162,11 @@ class _Hub(_Handler):
         elif self.allowed(found[1], found[2]):
             self.resolve(found[1], found[3])
 
-    def allowed(self, repo: str, revision: str) -> bool:
+    def allowed(self, repo: str, revision: str, read: bool = True) -> bool:
         authorized = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
         if repo not in self.hub.repos:
             self.send(401, X_Error_Code="RepoNotFound")
-        elif repo in self.hub.gated and not authorized:
+        elif read and repo in self.hub.gated and not authorized:
             status = 403 if "Authorization" in self.headers else 401
             self.send(status, X_Error_Code="GatedRepo")
         elif revision not in ("main", self.hub.commit):
@@ -210,7 +211,7 @@ class _Cdn(_Handler):
         data = self.content(parts.path, parse_qs(parts.query))
         fault = self.take_fault(parts.path)
         if fault.status:
-            return self.send(fault.status, **fault.headers)
+            return self.send(fault.status, b"", **fault.headers)
         if fault.html:
             return self.send(200, b"<html>Please log in</html>", Content_Type="text/html")
         if data is None:
@@ -264,7 +265,7 @@ class _Cdn(_Handler):
             self.send(status, data, **headers)
             return
         length = headers.pop("Content_Length", str(len(data)))
-        self.send(status, **headers, Content_Length=length)
+        self.send(status, b"", **headers, Content_Length=length)
         if fault.drip is not None:
             for byte in data:
                 self.wfile.write(bytes([byte]))
