@@ -191,6 +191,8 @@ def one_line(error: ValidationError, model: type[BaseModel], prefix: str = "") -
         return (
             f"{prefix}unknown key {name}{nearest(keys[-1], siblings)}; known: {', '.join(siblings)}"
         )
+    if first["type"] == "missing":
+        return f"{prefix}{name} is required"
     return f"{prefix}{name}={first.get('input')!r}: {first['msg']}"
 
 

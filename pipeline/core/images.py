@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_PIXELS = 120_000_000  # larger headers are refused before a pixel is decoded
+#: Scans of a progressive JPEG; usual are 10. Each costs a pass over all pixels, and 100 bytes are
+#: enough for one: without a limit 400 KB take minutes.
+MAX_SCANS = 100
 
 #: What Pillow may try on bytes from anywhere: never those that run a program (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
@@ -193,6 +197,8 @@ def _jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
     """(H, W, 3) uint8 of an RGB or grey JPEG, or None: Pillow has to decide."""
     if image.format not in ("JPEG", "MPO"):
         return None
+    if data.count(b"\xff\xda") > MAX_SCANS and (scans := _scans(data)) > MAX_SCANS:
+        raise BadPicture("too-large", f"{scans} scans")
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         if (width, height) != image.size or space not in ("YCbCr", "RGB", "Gray"):
@@ -204,6 +210,21 @@ def _jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
         if "premature end of data segment" in str(error):
             raise BadPicture("undecodable", f"truncated: {error}") from error
         return None
+
+
+def _scans(data: bytes) -> int:
+    """How many scans a JPEG has up to its end: a phone's film may lie behind it."""
+    at, scans = 2, 0
+    while found := _MARKER.search(data, at):
+        marker, at = found[0][1], found.end()
+        if marker == 0xD9:
+            break
+        scans += marker == 0xDA
+        at += int.from_bytes(data[at : at + 2], "big")  # the segment's length
+    return scans
+
+
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")  # those inside a scan, and without length, out
 
 
 def _pillow(image: Image.Image) -> np.ndarray:

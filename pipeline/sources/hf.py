@@ -29,6 +29,7 @@ from pipeline.sources import hub, parquet_rows, transfer
 from pipeline.sources.captions import choose
 from pipeline.sources.parquet_rows import Footer
 
+_HUB = "hf://datasets/"
 CONVERTED = "refs/convert/parquet"  # the hub's own branch of datasets that are not parquet
 BYTES_A_PICTURE = 120_000  # in a tar, roughly: a photograph whose shorter side is 512
 _ATTEMPTS = 5
@@ -41,7 +42,7 @@ class HubDataset(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     rules: ClassVar[Rules] = Rules()
 
-    repo: str  # "owner/name", "owner/name@revision"; a folder, s3://… of parquet files
+    repo: str  # "OWNER/NAME", "OWNER/NAME@REVISION"; or a folder of parquet files, or s3://…
     #: Splits to take, separated by commas; "validation=val" takes one under another name. Only
     #: "train" is trained on. A file belongs to the split that is a word of its path.
     splits: str = "train"
@@ -103,18 +104,23 @@ class HubDataset(BaseModel):
 
     @property
     def _on_hub(self) -> bool:
-        if "://" in self.repo or Path(self.repo).expanduser().is_dir():
+        if "://" in self.repo.removeprefix(_HUB) or Path(self.repo).expanduser().is_dir():
             return False
-        if re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", self.repo) is None:
+        if re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", self.repo.removeprefix(_HUB)) is None:
             raise SettingError(f"repo={self.repo}: no such folder, and no OWNER/NAME of the hub")
         return True
+
+    def _revision(self) -> tuple[str, str]:
+        """ "owner/name", revision."""
+        name, _, revision = self.repo.removeprefix(_HUB).partition("@")
+        return name, revision or "main"
 
     def _paths(self) -> list[tuple[str, str]]:
         """(path, our split) of every parquet file that is wanted, splits and paths in order."""
         if self._on_hub:
-            owner_name, _, revision = self.repo.partition("@")
-            self._commit = hub.commit(owner_name, revision or "main")
-            names = hub.files(owner_name, self._commit)
+            name, revision = self._revision()
+            self._commit = hub.commit(name, revision)
+            names = hub.files(name, self._commit)
         else:
             names = sorted(entry.path for entry in self._store().walk(""))
         files = [n for n in names if n.endswith(".parquet") and fnmatchcase(n, self.files)]
@@ -140,8 +146,8 @@ class HubDataset(BaseModel):
         """Where transfer.local finds a file."""
         if not self._on_hub:
             return self._store().url(path)
-        owner_name, _, revision = self.repo.partition("@")
-        return hub.address(owner_name, self._commit or revision or "main", path)
+        name, revision = self._revision()
+        return hub.address(name, self._commit or revision, path)
 
     def _file(self, path: str) -> _File:
         try:

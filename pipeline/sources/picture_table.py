@@ -81,6 +81,7 @@ def _csv(data: bytes, ending: str) -> Any:
     names = csv.open_csv(pa.py_buffer(data), parse_options=how).schema.names
     return csv.read_csv(
         pa.py_buffer(data),
+        read_options=csv.ReadOptions(use_threads=False),
         parse_options=how,
         # "007" and "null" are captions like any other.
         convert_options=csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),

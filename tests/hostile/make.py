@@ -35,7 +35,7 @@ def table() -> str:
         "# Hostile inputs",
         "",
         f"{count} cases, made by `python -m tests.hostile.make FOLDER`; without one it prints",
-        "this file. Verdicts: `sample`, the reason of a reject, or, of a whole archive, `error`: its",
+        "this file. Verdicts: `sample`, a reason of a reject, or, of a whole archive, `error`: its",
         "shard fails, is tried again and reported, and nothing of it is used.",
         "",
     ]

@@ -154,11 +154,21 @@ def text_bomb() -> bytes:
     return pixels_png(np.asarray(photo(seed=4)), (8, 2), note)
 
 
-def many_scans(scans: int = 400) -> bytes:
+def many_scans(picture: Image.Image, scans: int) -> bytes:
     """A progressive JPEG whose last scan is repeated: each costs a pass over all coefficients."""
-    data = encoded(photo(2000, 2000), "JPEG", progressive=True, quality=30)
+    data = encoded(picture, "JPEG", progressive=True, quality=30)
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * scans + data[-2:]
+
+
+def scan_bomb() -> bytes:
+    """Of 100 million grey pixels, whose last scan is 140 bytes and takes 0.4 s; 2,000 times."""
+    return many_scans(Image.new("L", (10_000, 10_000), 128), 2_000)
+
+
+def film(size: int = 20_000_000) -> bytes:
+    """What phones write behind a picture; by chance it has hundreds of a scan's two first bytes."""
+    return np.random.default_rng(0).bytes(size)
 
 
 def svg() -> bytes:
@@ -256,7 +266,9 @@ CASES: list[Case] = [
     Case("overfull.png", SAMPLE, "320x256, inflates to 1 GB that is not read", overfull_png),
     Case("profile-bomb.png", NO, "a colour profile that inflates to 256 MB", icc_bomb),
     Case("text-bomb.png", NO, "a comment that inflates to 256 MB", text_bomb),
-    Case("many-scans.jpg", SAMPLE, "2,000x2,000 in 400 scans: takes a while, and ends", many_scans),
+    Case("scan-bomb.jpg", BIG, "10,000x10,000 in 2,000 scans: a quarter of an hour", scan_bomb),
+    Case("many-scans.jpg", SAMPLE, "90 scans", lambda: many_scans(photo(seed=90), 90)),
+    Case("film.jpg", SAMPLE, "a phone's film of 20 MB behind the end", lambda: jpeg(91) + film()),
     # Sizes.
     Case("one-pixel.png", "too-small", "1x1", lambda: encoded(photo(1, 1), "PNG")),
     Case(

@@ -244,8 +244,21 @@ def test_textcaps_keeps_every_size(textcaps, tmp_path):
 # The hub.
 
 
-def test_the_hub_gives_what_a_folder_of_its_files_gives(server, local):
-    assert captions(HubDataset(repo="cats/many")) == captions(HubDataset(repo=local))
+@pytest.mark.parametrize("repo", ["cats/many", "cats/many@main", "hf://datasets/cats/many"])
+def test_the_hub_gives_what_a_folder_of_its_files_gives(server, local, repo):
+    assert captions(HubDataset(repo=repo)) == captions(HubDataset(repo=local))
+
+
+def test_a_url_is_read_as_a_folder_is(local, monkeypatch, tmp_path):
+    import fsspec
+
+    monkeypatch.setenv("MICRODIT_SCRATCH", str(tmp_path / "scratch"))
+    memory = fsspec.filesystem("memory")
+    memory.pipe({f"/many/{name}": data for name, data in FILES.items()})
+    try:
+        assert captions(HubDataset(repo="memory://many")) == captions(HubDataset(repo=local))
+    finally:
+        memory.rm("/many", recursive=True)
 
 
 def test_files_go_when_their_shard_is_made(server, tmp_path):

@@ -316,6 +316,28 @@ def test_a_bomb_is_refused_by_its_header(name, data, monkeypatch):
     assert error.value.reason == "too-large"
 
 
+def scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan is repeated."""
+    data = JPEGS["progressive"]
+    last = data.rindex(b"\xff\xda")
+    more = count - data.count(b"\xff\xda")
+    return data[:-2] + data[last:-2] * more + data[-2:]
+
+
+def test_a_jpeg_of_too_many_scans_is_refused_before_they_are_decoded(monkeypatch):
+    """Each costs a pass over all pixels, and hardly a byte."""
+    assert read_pixels(scans(images.MAX_SCANS)).shape == (23, 37, 3)
+    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    assert reason(scans(images.MAX_SCANS + 1)) == "too-large"
+
+
+def test_what_lies_behind_a_jpeg_is_no_scan():
+    data = JPEGS["baseline"]
+    behind = data + b"\xff\xda" * (images.MAX_SCANS + 1)
+    np.testing.assert_array_equal(read_pixels(behind), read_pixels(data))
+
+
 def test_a_big_picture_that_is_allowed_is_no_warning():
     """Pillow warns from 89 million pixels on; here warnings are errors."""
     assert MAX_PIXELS >= 12_000 * 9_000 > (Image.MAX_IMAGE_PIXELS or 0)
