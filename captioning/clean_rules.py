@@ -57,7 +57,7 @@ def mend(text: str) -> str:
     return ftfy.fix_text(text, unescape_html=False)
 
 
-def unescape(text: str) -> str:
+def unescape_twice(text: str) -> str:
     return html.unescape(html.unescape(text))
 
 
@@ -85,6 +85,7 @@ RULES: tuple[Rule, ...] = (
         "HTML",
         ('a <b class="x">red</b> fox', "a red fox"),
     ),
+    Rule(html.unescape, "", "entities", ("fox &lt;3 cub", "fox <3 cub")),
     Rule(r"@\w+", "", "accounts", ("fox by @someone", "fox by ")),
     Rule(rf"[{_CJK}]+", "", "Chinese characters among Latin ones", ("fox 狐狸", "fox ")),
     Rule(rf"[{_DASHES}]", "-", "one kind of dash", ("a fox – at rest", "a fox - at rest")),
@@ -114,7 +115,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(r"\s\.\s", " ", "a dot on its own", ("fox . cub", "fox cub")),
     Rule(many_hyphens, "", "names of files", ("red-fox-in_the-snow", "red fox in the snow")),
-    Rule(unescape, "", "HTML that was escaped twice", ("fox &amp;lt;3 cub", "fox <3 cub")),
+    Rule(unescape_twice, "", "HTML that was escaped twice", ("fox &amp;lt;3 cub", "fox <3 cub")),
     Rule(
         r"\b[a-z]{1,3}\d{3,15}\b|\b[a-z]++\d++[a-z]+\b|\b\d++[a-z]++\d+\b",
         "",
@@ -138,7 +139,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         r"\b[a-z]*+\d++[a-z]++\d[a-z\d]*+\b", " ", "longer names like that", ("fox a1b2c3", "fox  ")
     ),
-    Rule(r"\b\d+\s*[x×х]\s*\d+\b", "", "sizes", ("fox 1920 x 1080", "fox ")),
+    Rule(r"\b\d+[x×х]\d+\b", "", "sizes", ("fox 1920x1080", "fox ")),
     Rule(r"\b\s+:\s+", ": ", "a colon stands at the word before it", ("fox : cub", "fox: cub")),
     Rule(r"(\D[,./])\b", r"\1 ", "a space after a comma or stop", ("fox,cub", "fox, cub")),
     Rule(r"\s+", " ", "one space", ("fox \n cub", "fox cub")),
