@@ -119,7 +119,9 @@ def _tokenizer() -> Any:
     special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=[*special, *bytes_])
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=[*special, *bytes_], show_progress=False
+    )
     tokenizer.train_from_iterator([WORDS] * 4, trainer)
     tokenizer.decoder = decoders.Sequence(
         [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -101,7 +102,9 @@ def test_a_picture_that_cannot_be_opened_fails_alone():
         raise BadPicture("undecodable", "half of it is missing")
 
     good = Image.new("RGB", (8, 8), (255, 0, 0))
-    answers = dict(load("colour").caption([Picture("bad", broken), Picture("good", lambda: good)]))
+    answers: dict[str, Any] = dict(
+        load("colour").caption([Picture("bad", broken), Picture("good", lambda: good)])
+    )
     assert answers["bad"] == Failure("undecodable", "half of it is missing")
     assert [caption.text for caption in answers["good"]] == ["all red"]
 
