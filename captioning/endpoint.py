@@ -53,7 +53,7 @@ class EndpointCaptioner(Captioner):
         return f"{self.settings.model}@{own}" if own else self.settings.model
 
     def label(self) -> str:
-        model = re.sub(r"[^A-Za-z0-9._-]+", "--", self.settings.model.strip("/ "))
+        model = re.sub(r"[^A-Za-z0-9._-]+", "--", self.settings.model.strip("/ ").replace(":", "-"))
         return f"{self.name}-{model}{self.settings.kind()}"
 
     def caption(self, pictures: Iterable[Picture]) -> Iterator[Answer]:

@@ -26,7 +26,8 @@ from captioning.endpoint_settings import (
 
 MAX_ANSWER = 4_000_000  # bytes
 MAX_PAUSE_S = 60.0  # between two tries
-PATIENCE_S = 600.0  # longest Retry-After that is waited for
+LONGEST_WAIT_S = 600.0  # that a Retry-After may ask for
+CROWDED_S = 300.0  # "too many requests" is no failure while this long somebody gets through
 CONNECT_S = 10.0
 FIRST_TRIES = 4  # to reach a server that has never answered: about seven seconds
 
@@ -109,13 +110,13 @@ class Client:
 
     def _give_up_or_wait(self, fault: _Fault, tries: int, retries: int) -> None:
         now = time.monotonic()
-        if fault.wait_s > PATIENCE_S:
+        if fault.wait_s > LONGEST_WAIT_S:
             raise BadSetting(
                 f"url={self._url}: asks to wait {fault.wait_s:.0f} s ({fault}); run again "
                 "later: what is done stays done"
             )
-        # Whoever is told to slow down is to blame for nothing, as long as others get through.
-        patient = fault.reason == "too many requests" and now - self._answered_at < MAX_PAUSE_S
+        # Whoever is told to slow down has his turn later, as long as others get through.
+        patient = fault.reason == "too many requests" and now - self._answered_at < CROWDED_S
         if tries > retries and not patient:
             raise GaveUp(fault)
         if fault.reason == "connection" and not self.answered and tries >= FIRST_TRIES:
