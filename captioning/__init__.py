@@ -49,7 +49,8 @@ MODEL = "captioning.vlm:VisionLanguageModel"  # what transformers' AutoModelForI
 
 
 def find(name: str) -> type[Captioner]:
-    """The class of a captioner: a name of CAPTIONERS, a folder, or "owner/name[@revision]" of the hub.
+    """The class of a captioner: a name of CAPTIONERS, a folder, or a hub id "owner/name[@revision]"
+    of a model.
 
     Raises:
         BadSetting: it is none of these.

@@ -33,6 +33,7 @@ class Picture:
     key: str  # with the seed, all that a caption's noise depends on
     open: Callable[[], Image.Image]  # upright RGB; any thread may call it; raises BadPicture
     data: bytes | None = None  # the encoded file, where there is one, e.g. a JPEG
+    size: tuple[int, int] | None = None  # width, height, where they are known: a hint for planning
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class Captioner(ABC):
             BadPicture: one cannot be captioned; `caption` tells each picture's failure apart.
         """
         keyed = {str(number): image for number, image in enumerate(images)}
-        pictures = (Picture(key, _opened(image)) for key, image in keyed.items())
+        pictures = (Picture(k, _opened(image), size=image.size) for k, image in keyed.items())
         answers = dict(self.caption(pictures))
         captions: list[Caption] = []
         for key in keyed:

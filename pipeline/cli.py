@@ -235,6 +235,34 @@ def drop(
         raise typer.Exit(1)
 
 
+@app.command()
+def dedup(
+    root: Root = None,
+    source: Source = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what there is; take nothing out.")
+    ] = False,
+) -> None:
+    """Take out pictures that several shards hold: of equal ones the first stays.
+
+    Sources in the order of their names, or only --source. Duplicates within a shard were rejected
+    at download. What `pipeline drop` says of bytes holds here as well.
+    """
+    from pipeline.config import default_root
+    from pipeline.core.store import Store
+    from pipeline.dedup import describe, find, take_out
+    from pipeline.progress import Count
+    from pipeline.status import sources_of
+
+    store = Store(root or default_root())
+    sources = sources_of(store, source)
+    with Count("dedup") as count:
+        found = find(store, sources, count)
+    if not dry_run:
+        take_out(store, found)
+    print("\n".join(describe(found, sources, taken=not dry_run)))
+
+
 def _lines(option: str, name: str) -> list[str]:
     try:
         text = sys.stdin.read() if name == "-" else Path(name).read_text("utf-8")

@@ -45,6 +45,14 @@ class Common:
     shards: Annotated[
         str, typer.Option(help="Only these input shards, e.g. 00000-00031,00100.")
     ] = ""
+    fraction: Annotated[
+        float | None,
+        typer.Option(help="Only this share of the input shards, e.g. 0.01, chosen by hash."),
+    ] = None
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Only the first input shards, whole, to about this many pictures."),
+    ] = None
     stale: Annotated[
         bool, typer.Option("--stale", help="Also redo those whose inputs changed.")
     ] = False
@@ -125,12 +133,32 @@ def _annotations() -> list[Any]:
 @app.command()
 @_stage_command
 def download(
+    kind: Annotated[
+        str | None,
+        typer.Option(help="What the source is, e.g. folder, where --source is a name of yours."),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A source's own setting, KEY=VALUE.")
     ] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(help="Shrink a larger shorter side to this, pixels; none shrinks none."),
+    ] = None,
+    min_image_size: Annotated[
+        int | None, typer.Option(help="Reject pictures whose shorter side is smaller, pixels.")
+    ] = None,
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", help="Fetch again what failed to download, and only that."),
+    ] = False,
 ) -> dict[str, Any]:
     """Fetch pictures and captions into WebDataset tars."""
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = {
+        "kind": kind,
+        "rules.image_size": image_size,
+        "rules.min_image_size": min_image_size,
+        "retry_failed": retry_failed,
+    }
     for item in set_ or []:
         key, equals, value = item.partition("=")
         if not equals:
@@ -214,23 +242,27 @@ def all_(device: Device = None) -> dict[str, Any]:
 
 def _run(stages: list[str], common: Common, overrides: dict[str, Any]) -> None:
     from pipeline.config import build_stage, default_root, load_config
+    from pipeline.core.store import Store
     from pipeline.progress import table
+    from pipeline.sources import SOURCES
+    from pipeline.status import sources_of
 
     if stages[0] == "download" and common.source is None and common.config is None:
         raise SettingError(
             f"run {'all' if len(stages) > 1 else stages[0]}: name the source with --source or "
             "--config, e.g. --source openmoji"
         )
+    retry_failed = bool(overrides.pop("retry_failed", False))
     root = common.root or default_root()
     sources: list[str | None] = [common.source]
-    if common.source is None and common.config is None:
-        sources = [*_sources_under(root)]
+    if stages[0] != "download" and common.config is None and common.source not in SOURCES:
+        sources = [*sources_of(Store(root), common.source)]
     overrides = {**overrides, "max_reject_rate": common.max_reject_rate}
     configs = [load_config(name, common.config, overrides) for name in sources]
     reports: list[Report] = []
     for record in configs:
         for stage in stages:
-            report = run_stage(build_stage(stage, record), root, common)
+            report = run_stage(build_stage(stage, record, retry_failed), root, common, retry_failed)
             if report is not None:  # else a dry run: the stages after it have no input yet
                 reports.append(report)
     if len(reports) > 1:
@@ -239,7 +271,7 @@ def _run(stages: list[str], common: Common, overrides: dict[str, Any]) -> None:
         raise typer.Exit(1)
 
 
-def run_stage(stage: Stage, root: str, common: Common) -> Report | None:
+def run_stage(stage: Stage, root: str, common: Common, retry_failed: bool = False) -> Report | None:
     """Runs one stage of one source and prints its summary; None after a dry run.
 
     Raises:
@@ -253,7 +285,14 @@ def run_stage(stage: Stage, root: str, common: Common) -> Report | None:
     from pipeline.runner import run
 
     quota = None if common.quota is None else parse_size(common.quota)
-    choice = Choice(common.shards, common.stale, common.force)
+    choice = Choice(
+        shards=common.shards,
+        stale=common.stale,
+        force=common.force,
+        fraction=common.fraction,
+        limit=common.limit,
+        retry_failed=retry_failed,
+    )
     if common.dry_run:
         store = Store(root)
         print(preflight(stage, store, plan(stage, Catalog(store), choice), quota))
@@ -289,16 +328,3 @@ def parse_size(text: str) -> int:
     if not 0 <= value < float("inf"):
         raise SettingError(f"--quota {text}: write a size, e.g. 500GB or 7TB")
     return int(value * 10**power)
-
-
-def _sources_under(root: str) -> list[str]:
-    from pipeline.core.store import Store
-    from pipeline.sources import SOURCES
-
-    found = [name for name in Store(root).folders("") if name in SOURCES]
-    if not found:
-        raise SettingError(
-            f"--root {root}: no source has been downloaded there; "
-            "start with `pipeline run download --source openmoji`"
-        )
-    return found

@@ -77,7 +77,7 @@ class Pool:
             max_restarts=0,
             max_concurrency=needs.in_hand,
         )(_Worker)
-        self._new = lambda: actor.remote(stage, store.root, options.choice.force)
+        self._new = lambda: actor.remote(stage, store.root, options.choice.again())
         self._local = store.local
         self._opening: dict[Any, Any] = {}  # reference -> worker that loads its weights
         self._idle: list[Any] = []  # a worker for each shard more that it can take
@@ -236,8 +236,8 @@ class Pool:
 class _Worker:
     """An actor: opens the stage once, then makes shards."""
 
-    def __init__(self, stage: Stage, root: str, force: bool) -> None:
-        self.stage, self.root, self.force = stage, root, force
+    def __init__(self, stage: Stage, root: str, again: bool) -> None:
+        self.stage, self.root, self.again = stage, root, again
 
     def open(self) -> None:
         from ray.util.metrics import Counter as Metric
@@ -252,7 +252,7 @@ class _Worker:
             metric.set_default_tags(tags)
 
     def run(self, job: Job) -> Made:
-        wanted = job if self.force else self._left(job)
+        wanted = job if self.again else self._left(job)
         if not wanted.groups:
             return Made({}, False, Counter())
         commits = self.work(wanted)

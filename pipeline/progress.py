@@ -178,6 +178,21 @@ def table(reports: list[Report]) -> None:
             duration(report.seconds),
         )
     console().print(rows)
+    reasons = sorted({reason for report in reports for reason in report.rejects})
+    if reasons:
+        console().print(_rejects(reports, reasons))
+
+
+def _rejects(reports: list[Report], reasons: list[str]) -> Table:
+    """Why samples were left out: a row a run, a column a reason."""
+    rows = Table("source", "stage", *reasons, title="rejects")
+    for column in rows.columns[2:]:
+        column.justify = "right"
+    for report in reports:
+        if report.rejects:
+            counts = (str(report.rejects[reason] or "") for reason in reasons)
+            rows.add_row(report.source, report.stage, *counts)
+    return rows
 
 
 def console() -> Console:

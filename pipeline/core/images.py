@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -32,14 +32,33 @@ class BadPicture(Exception):
         self.reason = reason
 
 
-def shorter_side(data: bytes) -> int:
-    """The shorter side in pixels, from the header alone: no pixel is decoded.
+class Header(NamedTuple):
+    """What the first bytes of a picture say; no pixel is decoded."""
+
+    format: str  # Pillow's name, e.g. "JPEG"
+    width: int  # upright, pixels
+    height: int
+    animated: bool
+
+    @property
+    def shorter(self) -> int:
+        return min(self.width, self.height)
+
+
+def read_header(data: bytes) -> Header:
+    """Format and size.
 
     Raises:
         BadPicture: "undecodable" or "too-large".
     """
     with _judged():
-        return min(_open(data).size)
+        image = _open(data)
+        width, height = image.size
+        if _orientation(image) in _LYING:
+            width, height = height, width
+        # Their headers tell; a GIF would be read to its end.
+        animated = image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False)
+        return Header(image.format or "", width, height, animated)
 
 
 def read_pixels(data: bytes) -> np.ndarray:
@@ -115,7 +134,7 @@ def fit(
     if shorter < resolution and wide * high > MAX_PIXELS:
         raise BadPicture("too-large", f"{width}x{height} enlarged to {wide}x{high} pixels")
     if shorter != resolution:
-        pixels = _resize(pixels, high, wide)
+        pixels = resize(pixels, high, wide)
     top, left = (_offset(side - resolution, crop, seed, key) for side in (high, wide))
     return pixels[top : top + resolution, left : left + resolution].copy()
 
@@ -129,8 +148,8 @@ def _array(picture: np.ndarray | Image.Image) -> np.ndarray:
     return np.require(picture, requirements=["C", "W"])
 
 
-def _resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) uint8 to (height, width, 3).
+def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) uint8 to (height, width, 3), bicubic with antialiasing.
 
     torch has Pillow's filter in SIMD for uint8 in channels_last, which is how an (H, W, 3) array
     lies in memory. It tells by the batch's stride as well, so the batch is added before the
@@ -221,6 +240,7 @@ _UPRIGHT: dict[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LYING = (5, 6, 7, 8)  # of them, those that swap width and height
 
 
 @contextmanager
