@@ -7,6 +7,7 @@ same picture may get another sentence next time. The captions say so.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import queue
@@ -29,12 +30,11 @@ from captioning.captioner import (
     Picture,
 )
 from captioning.endpoint_answer import SAID, Said
-from captioning.endpoint_client import Client, GaveUp, Refused
+from captioning.endpoint_client import TOO_MANY, Client, GaveUp, Refused
 from captioning.endpoint_picture import as_it_is, encoded
 from captioning.endpoint_settings import EndpointSettings
 
 AHEAD = 8  # pictures made ready while others are in the server's hands
-JUDGE_RETRIES = 2  # of the ordinary picture that tells a bad picture from a bad server
 _SLOT = "<picture>"  # in a request's template
 
 
@@ -89,7 +89,7 @@ class EndpointCaptioner(Captioner):
 
     def _caption(self, number: int, said: Said) -> Caption:
         return Caption(
-            said.text,
+            said.text.strip(),
             self.name,
             self.revision,
             self.settings.prompt_of(number).text,
@@ -120,20 +120,38 @@ class _Asked:
             url: the picture as a data URL; None: it has to be opened.
         """
         async with self.turns:
+            found = await self._said(picture, url)
+        if not isinstance(found, Failure):
+            for said in found:
+                if said.refusal or said.finish_reason == "content_filter":
+                    why = (said.refusal or "content filter")[:SAID]
+                    return picture.key, Failure("refused by the model", why)
+        return picture.key, found
+
+    async def _said(self, picture: Picture, url: bytes | None) -> list[Said] | Failure:
+        suspect = False
+        while True:
             try:
                 if url is None:
                     url = await asyncio.to_thread(lambda: encoded(picture.open()))
-                said = [await self._ask(picture.key, n, url) for n in range(self.settings.number)]
+                return [await self._ask(picture.key, n, url) for n in range(self.settings.number)]
             except BadPicture as error:
-                return picture.key, Failure(error.reason, str(error))
+                return Failure(error.reason, str(error))
             except (Refused, GaveUp) as error:
-                return picture.key, await self._failure(picture, error)
-        for one in said:
-            if one.refusal or one.finish_reason == "content_filter":
-                return picture.key, Failure(
-                    "refused by the model", (one.refusal or "content filter")[:SAID]
-                )
-        return picture.key, said
+                fault = error
+            try:  # what the server stumbles over may be no picture
+                await asyncio.to_thread(picture.open)
+            except BadPicture as error:
+                return Failure(error.reason, str(error))
+            if isinstance(fault, Refused):
+                if not self.client.answered:
+                    await self._ordinary_passes(fault)
+                return Failure("refused by the server", str(fault))
+            passes = await self._ordinary_passes(fault)
+            if passes and (fault.alone or suspect):
+                return Failure(f"server: {fault.reason}", str(fault))
+            # The server was away, or no other request was there to tell. Once more.
+            suspect = passes
 
     async def _ask(self, key: str, number: int, url: bytes) -> Said:
         said = await self.client.ask(self._body(key, number, url))
@@ -148,33 +166,27 @@ class _Asked:
         noise = b', "seed": %d}' % seed if self.settings.temperature else b"}"
         return b"".join((head, url, tail, noise))
 
-    async def _failure(self, picture: Picture, error: Refused | GaveUp) -> Failure:
-        """Whether it is the picture's fault.
+    async def _ordinary_passes(self, fault: Refused | GaveUp) -> bool:
+        """Whether the server answers an ordinary picture right now; waits until it does.
 
         Raises:
-            BadSetting: an ordinary picture fares no better.
+            BadSetting: it does not.
         """
-        try:
-            await asyncio.to_thread(picture.open)
-        except BadPicture as found:
-            return Failure(found.reason, str(found))
-        async with self.judging:
-            if isinstance(error, GaveUp) or not self.client.answered:
-                await self._judge(error)
-        if isinstance(error, Refused):
-            return Failure("refused by the server", str(error))
-        return Failure(f"server: {error.reason}", str(error))
-
-    async def _judge(self, error: Refused | GaveUp) -> None:
         settings = self.settings
         where = f"url={settings.url}, model={settings.model}: "
-        if isinstance(error, GaveUp) and error.reason == "too many requests":
+        if isinstance(fault, GaveUp) and fault.reason == TOO_MANY:
             raise BadSetting(
-                f"{where}{error}, {settings.retries + 1} times; lower "
+                f"{where}{fault}, {settings.retries + 1} times; lower "
                 f"concurrency={settings.concurrency}, or run again later: what is done stays done"
             )
+        body = self._body("", 0, _ordinary())
         try:
-            await self.client.ask(self._body("", 0, _ordinary()), JUDGE_RETRIES)
+            async with self.judging:
+                with contextlib.suppress(GaveUp):
+                    await self.client.ask(body, 1)  # one: a server may hang up after an error
+                    return True
+                await self.client.ask(body)
+                return False
         except Refused as again:
             raise BadSetting(
                 f"{where}takes not even an ordinary picture: {again}; is it a model that sees "
@@ -182,8 +194,8 @@ class _Asked:
             ) from again
         except GaveUp as again:
             raise BadSetting(
-                f"{where}no answer after {settings.retries + 1} tries: {again}; see to the server "
-                "and run again: what is done stays done"
+                f"{where}no answer, {settings.retries + 1} times and more: {again}; see to the "
+                "server and run again: what is done stays done"
             ) from again
 
 

@@ -26,11 +26,15 @@ from captioning.endpoint_settings import (
 
 MAX_ANSWER = 4_000_000  # bytes
 MAX_PAUSE_S = 60.0  # between two tries
+SHORT_PAUSE_S = 4.0  # at most, where the server is there and stumbles
 LONGEST_WAIT_S = 600.0  # that a Retry-After may ask for
 CROWDED_S = 300.0  # "too many requests" is no failure while this long somebody gets through
 CONNECT_S = 10.0
 FIRST_TRIES = 4  # to reach a server that has never answered: about seven seconds
 
+TOO_MANY, UNREADABLE = "too many requests", "unreadable answer"  # reasons of faults
+
+_STUMBLES = {"500", UNREADABLE}
 _STOP = {401: "the key", 402: "the account", 403: "the key"}  # status -> what it concerns
 _WAIT = {408, 409, 425, 429}  # and 500 to 599
 _ELSEWHERE = {404, 405, 410, 501}  # and 300 to 399: no such API here, or no such model
@@ -41,11 +45,16 @@ class Refused(Exception):
 
 
 class GaveUp(Exception):
-    """Tried as often as was asked for. The message is the last thing that went wrong."""
+    """Tried as often as was asked for. The message is the last thing that went wrong.
 
-    def __init__(self, fault: _Fault) -> None:
+    Attributes:
+        alone: other requests were answered meanwhile.
+    """
+
+    def __init__(self, fault: _Fault, alone: bool) -> None:
         super().__init__(str(fault))
         self.reason = fault.reason
+        self.alone = alone
 
 
 class Client:
@@ -62,6 +71,8 @@ class Client:
         self.answered = answered
         self._url = completions_url(settings.url)
         self._key = read_key()
+        self._first = asyncio.Lock()
+        self._answers = 0
         self._answered_at = self._closed_until = time.monotonic()
 
     async def __aenter__(self) -> Client:
@@ -78,17 +89,26 @@ class Client:
 
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
+        await asyncio.sleep(0)  # in which its connections close
 
     async def ask(self, body: bytes, retries: int | None = None) -> Said:
-        """The answer to a request's body.
+        """The answer to a request's body. Until there has been one, requests go one at a time: some
+        servers load the model with the first, and come to grief when two do it at once.
 
         Raises:
             Refused: the server does not take this request.
             GaveUp: no try brought an answer.
             BadSetting: no request will be answered.
         """
+        if not self.answered:
+            async with self._first:
+                if not self.answered:
+                    return await self._ask(body, retries)
+        return await self._ask(body, retries)
+
+    async def _ask(self, body: bytes, retries: int | None) -> Said:
         retries = self.settings.retries if retries is None else retries
-        tries = 0
+        tries = answers = 0
         while True:
             if self._closed_until > time.monotonic():  # the server asked everybody to wait
                 spread = random.uniform(0, min(1.0, self.settings.backoff_s))
@@ -100,31 +120,34 @@ class Client:
             except _Fault as fault:
                 self.counters[f"requests that failed: {fault.reason}"] += 1
                 tries += 1
-                self._give_up_or_wait(fault, tries, retries)
-                pause = min(MAX_PAUSE_S, self.settings.backoff_s * 2 ** min(tries - 1, 16))
+                answers = answers if tries > 1 else self._answers
+                self._hopeless(fault, tries)
+                # Whoever is told to slow down has his turn later, as long as others get through.
+                crowded = time.monotonic() - self._answered_at < CROWDED_S
+                if tries > retries and not (fault.reason == TOO_MANY and crowded):
+                    raise GaveUp(fault, self._answers > answers) from fault
+                self._closed_until = max(self._closed_until, time.monotonic() + fault.wait_s)
+                longest = SHORT_PAUSE_S if fault.reason in _STUMBLES else MAX_PAUSE_S
+                pause = min(longest, self.settings.backoff_s * 2 ** min(tries - 1, 16))
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
                 continue
             self.answered = True
+            self._answers += 1
             self._answered_at = time.monotonic()
             return said
 
-    def _give_up_or_wait(self, fault: _Fault, tries: int, retries: int) -> None:
-        now = time.monotonic()
+    def _hopeless(self, fault: _Fault, tries: int) -> None:
+        """Raises BadSetting where more tries would be of no use."""
         if fault.wait_s > LONGEST_WAIT_S:
             raise BadSetting(
                 f"url={self._url}: asks to wait {fault.wait_s:.0f} s ({fault}); run again "
                 "later: what is done stays done"
             )
-        # Whoever is told to slow down has his turn later, as long as others get through.
-        patient = fault.reason == "too many requests" and now - self._answered_at < CROWDED_S
-        if tries > retries and not patient:
-            raise GaveUp(fault)
-        if fault.reason == "connection" and not self.answered and tries >= FIRST_TRIES:
+        if fault.reason == "unreachable" and not self.answered and tries >= FIRST_TRIES:
             raise BadSetting(
                 f"url={self._url}: no server answers ({fault}); start it, or give its "
                 "address, e.g. http://127.0.0.1:8000/v1"
             )
-        self._closed_until = max(self._closed_until, now + fault.wait_s)
 
     async def _try(self, body: bytes) -> Said:
         try:
@@ -134,12 +157,14 @@ class Client:
                 answer = await _whole(response)
                 status, wait_s = response.status, _wait(response.headers.get("Retry-After"))
         except aiohttp.ConnectionTimeoutError as error:
-            raise _Fault("connection", f"no connection within {CONNECT_S:.0f} s") from error
+            raise _Fault("unreachable", f"no connection within {CONNECT_S:.0f} s") from error
         except TimeoutError as error:
             detail = f"no whole answer within {self.settings.timeout_s:g} s"
             raise _Fault("timeout", detail) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise _Fault("connection", self._said(f"{type(error).__name__}: {error}")) from error
+            never = isinstance(error, aiohttp.ClientConnectorError)
+            reason = "unreachable" if never else "connection lost"
+            raise _Fault(reason, self._said(f"{type(error).__name__}: {error}")) from error
         if status != 200:
             raise self._of_status(status, answer, wait_s)
         try:
@@ -151,7 +176,7 @@ class Client:
                     f"url={self._url}: {detail}; give the address of the API, e.g. "
                     "http://127.0.0.1:8000/v1"
                 ) from error
-            raise _Fault("unreadable answer", detail) from error
+            raise _Fault(UNREADABLE, detail) from error
 
     def _of_status(self, status: int, body: bytes, wait_s: float) -> Exception:
         said = self._said(f"{status}: {error_text(body)}")
@@ -160,7 +185,7 @@ class Client:
             what = _STOP.get(status, "the account")
             return BadSetting(f"{where}; see to {what}; the key comes from ${KEY_VARIABLE}")
         if status in _WAIT or (status >= 500 and status != 501):
-            return _Fault("too many requests" if status == 429 else str(status), said, wait_s)
+            return _Fault(TOO_MANY if status == 429 else str(status), said, wait_s)
         if status < 400 or status in _ELSEWHERE:
             if self.answered:  # behind a proxy, while the server is restarted
                 return _Fault(str(status), said, wait_s)
@@ -191,7 +216,7 @@ async def _whole(response: aiohttp.ClientResponse) -> bytes:
         parts.append(part)
         size += len(part)
         if size > MAX_ANSWER:
-            raise _Fault("unreadable answer", f"the answer is over {MAX_ANSWER} bytes long")
+            raise _Fault(UNREADABLE, f"the answer is over {MAX_ANSWER} bytes long")
     return b"".join(parts)
 
 

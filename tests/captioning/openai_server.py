@@ -117,6 +117,7 @@ class Server:
         self._started.set_result(runner.addresses[0][1])
         await self._ended.wait()
         await runner.cleanup()
+        await asyncio.sleep(0.05)  # connections that were cut, or accepted this moment, close
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self._at_once += 1
