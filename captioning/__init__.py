@@ -77,7 +77,7 @@ def load(name: str, **settings: Any) -> Captioner:
         if setting not in known:
             raise BadSetting(
                 f"{setting}: no setting of captioner={name}{_nearest(setting, known)}; "
-                f"known: {', '.join(known)}"
+                f"known: {', '.join(known) or 'none'}"
             )
     return cls(name, cls.Settings(**settings))
 

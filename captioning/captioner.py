@@ -113,9 +113,15 @@ class Settings:
         """The prompt of a picture's caption `number`: they take turns."""
         return self.prompts[number % len(self.prompts)]
 
+    def asked(self) -> str:
+        """The prompt as it may be given again: names, or the text."""
+        first = self.prompts[0]
+        return ",".join(prompt.label for prompt in self.prompts) if first.named else first.text
+
     def decisive(self) -> dict[str, Any]:
         """What decides a caption's text: part of its shard's fingerprint."""
         return {
+            "prompt": self.asked(),
             "prompts": [prompt.text for prompt in self.prompts],
             "num_captions": self.number,
             "temperature": self.temperature,
@@ -146,7 +152,7 @@ class Captioner(ABC):
     `load` makes one with a name and an object of its `Settings`.
     """
 
-    Settings: ClassVar[type[Settings]] = Settings
+    Settings: ClassVar[type[Any]] = Settings
     gpus: float = 0.0  # that a worker with this captioner holds
     best_effort: bool = False  # the same (seed, key) may give another text next time
 

@@ -35,6 +35,11 @@ def trim_habits(text: str) -> str:
     return line
 
 
+def is_refusal(text: str) -> bool:
+    """Whether a model says that it will not or cannot describe the picture."""
+    return _REFUSAL.match(one_line(text)) is not None
+
+
 def one_line(text: str) -> str:
     """Without control characters and halves of surrogate pairs (which no UTF-8 can hold), white
     space as single spaces, none at the ends."""
@@ -54,6 +59,13 @@ def _settled(text: str, rules: Sequence[Rule]) -> str:
     return ""
 
 
+_REFUSAL = re.compile(
+    r"(?:(?:i['’]m|i am|we['’]re|we are) (?:very |really )?(?:sorry|unable|afraid|not able)\b"
+    r"|sorry,|sorry but "
+    r"|(?:unfortunately, )?i (?:can(?:['’]t|not)|can not|won['’]t|do not|don['’]t)\b"
+    r"|as an ai\b)",
+    re.IGNORECASE,
+)
 _NO_TEXT = re.compile(
     "[%s]"
     % "".join(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,15 @@ SHARE = 0.05  # a colour is named if it covers at least this share of the pictur
 SIDE = 32  # pictures are counted at SIDE x SIDE pixels
 
 
+@dataclass(frozen=True)
+class NoSettings:
+    """Nothing can be set."""
+
+
 class ColourCaptioner(Captioner):
-    """Writes "mostly blue, with green and black", one caption a picture. Takes no prompt."""
+    """Writes "mostly blue, with green and black", one caption a picture. It has no settings."""
+
+    Settings = NoSettings
 
     @property
     def revision(self) -> str:

@@ -24,6 +24,7 @@ class Prompt:
 
     label: str  # its name, or "prompt-" and 8 hex digits of its text
     text: str
+    named: bool = False
 
     @property
     def raw(self) -> bool:
@@ -66,7 +67,7 @@ def _named(name: str) -> Prompt:
             f"prompt={_short(name)}: unknown{hint}; known: {', '.join(named())}; a prompt of your "
             "own has more than one word"
         )
-    return Prompt(name, named()[name])
+    return Prompt(name, named()[name], named=True)
 
 
 def _short(text: str) -> str:

@@ -95,12 +95,7 @@ class VisionLanguageModel(Captioner):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the weights: a worker loads its own."""
-        kept = ("name", "settings", "gpus", "counters", "revision")
-        return {name: value for name, value in self.__dict__.items() if name in kept}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["name"], state["settings"])
-        self.__dict__.update(state)
+        return {**self.__dict__, "_model": None}
 
     @functools.cached_property
     def revision(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -300,6 +300,11 @@ def _command(store: Store, source: str, group: str) -> str:
     words = ["pipeline", "run", stage, "--root", store.root, "--source", source]
     if kind == "captions" and "captioner" in inputs:
         words += ["--captioner", inputs["captioner"]]
+        for name in ("prompt", "num_captions", "temperature", "max_tokens", "device", "model"):
+            if inputs.get(name):
+                words += [f"--{name.replace('_', '-')}", str(inputs[name])]
+        if "clean" in inputs:
+            words += ["--clean", ",".join(inputs["clean"])]
     if kind == "latents" and "vae" in inputs:
         words += ["--vae", inputs["vae"]["name"], "--resolutions", str(inputs["resolution"])]
     if kind == "text" and "text_encoder" in inputs:

@@ -51,7 +51,7 @@ def save_llava(folder: Path, kind: str = "llava", hidden: int = 64, layers: int 
         patch_size=PATCH,
         projection_dim=32,
     )
-    text = LlamaConfig(
+    text: Any = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -73,7 +73,10 @@ def save_llava(folder: Path, kind: str = "llava", hidden: int = 64, layers: int 
     torch.manual_seed(0)
     shapes: dict[str, Any] = {"patch_size": PATCH, "vision_feature_select_strategy": "default"}
     shapes |= {"num_additional_image_tokens": 1, "chat_template": CHAT}
-    size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    size: dict[str, Any] = {
+        "size": {"shortest_edge": SIDE},
+        "crop_size": {"height": SIDE, "width": SIDE},
+    }
     if kind == "llava":
         model: Any = LlavaForConditionalGeneration(LlavaConfig(**shared))
         processor: Any = LlavaProcessor(CLIPImageProcessor(**size), tokenizer, **shapes)
@@ -83,7 +86,7 @@ def save_llava(folder: Path, kind: str = "llava", hidden: int = 64, layers: int 
         model = LlavaNextForConditionalGeneration(config)
         images = LlavaNextImageProcessor(**size, image_grid_pinpoints=grid)
         processor = LlavaNextProcessor(images, tokenizer, **shapes)
-    _spread(model, tokenizer.eos_token_id)
+    _spread(model, tokenizer)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -94,28 +97,31 @@ def save_llava(folder: Path, kind: str = "llava", hidden: int = 64, layers: int 
     return folder
 
 
-def _spread(model: Any, end: int) -> None:
-    """Weights large enough that scores differ by more than rounding, that a picture shows, and
-    that some texts end."""
+def _spread(model: Any, tokenizer: Any) -> None:
+    """Weights large enough that scores differ by more than rounding, that a picture shows, that
+    texts are of words, and that some of them end."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
             if "lm_head" in name:
                 parameter.mul_(3)
-                parameter[end].mul_(1.7)
+                parameter[: tokenizer.convert_tokens_to_ids("<0xFF>") + 1].mul_(0)
+                parameter[tokenizer.eos_token_id].normal_(std=5 * parameter.shape[-1] ** -0.5)
             if "multi_modal_projector" in name and parameter.ndim > 1:
                 parameter.mul_(2)
 
 
-def _tokenizer() -> LlamaTokenizerFast:
+def _tokenizer() -> Any:
     """Llama's kind of tokenizer: BPE over pieces that begin with a space, bytes as the last
     resort."""
     bytes_ = [f"<0x{value:02X}>" for value in range(256)]
     special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=[*special, *bytes_])
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=[*special, *bytes_], show_progress=False
+    )
     tokenizer.train_from_iterator([WORDS] * 4, trainer)
     tokenizer.decoder = decoders.Sequence(
         [
