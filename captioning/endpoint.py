@@ -44,6 +44,7 @@ class EndpointCaptioner(Captioner):
     Settings = EndpointSettings
     settings: EndpointSettings
     best_effort = True
+    workers = 1  # it waits; a second one doubles `concurrency`
     _answered = False  # the server has, at least once
 
     @property
