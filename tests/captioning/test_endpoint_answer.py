@@ -4,7 +4,7 @@ import contextlib
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from captioning.endpoint_answer import Said, Unreadable, error_text, read
@@ -69,12 +69,14 @@ def test_what_is_no_whole_answer_is_told_by_what_it_is(body, what):
         read(body)
 
 
+@settings(deadline=None)
 @given(st.binary() | st.text().map(str.encode) | st.text().map(lambda t: f"data: {t}\n".encode()))
 def test_no_bytes_do_anything_else(body):
     with contextlib.suppress(Unreadable):
         read(body).text.encode()
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(codec="utf-8")))
 def test_every_text_arrives_as_it_is(text):
     assert read(as_json(completion(text))).text == text
