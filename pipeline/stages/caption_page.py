@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import math
 from collections import Counter
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipeline.stages.caption_text import facts, histogram
 from pipeline.stages.images import read_images
 
 PICTURES = 24
-SHARDS = 3  # that they are taken from: each is read whole
+SHARDS = 3  # that they are taken from where that is enough: each is read whole
 SIDE = 256  # pixels of the longer side
 
 
@@ -50,11 +51,14 @@ def page(
 def _choose(store: Store, source: str, group: str) -> tuple[list[dict[str, Any]], list[str]]:
     """PICTURES of the group with all their captions, picked by hash; what could not be read."""
     shards = [name.removesuffix(".json") for name in store.names(f"{group}/commits")]
-    some = shards[:: max(1, len(shards) // SHARDS)][:SHARDS]
+    spread = shards[:: max(1, len(shards) // SHARDS)][:SHARDS]
     shown: list[dict[str, Any]] = []
     unread: list[str] = []
-    for number, shard in enumerate(some):
-        wanted = (PICTURES - len(shown)) // (len(some) - number)
+    # Further shards where these are too small.
+    for number, shard in enumerate([*spread, *(s for s in shards if s not in spread)][:PICTURES]):
+        if len(shown) == PICTURES:
+            break
+        wanted = math.ceil((PICTURES - len(shown)) / max(1, len(spread) - number))
         captions = read_commit(store, group, shard)
         pictures = read_commit(store, layout.images_group(source), shard)
         if captions is None or pictures is None:

@@ -10,6 +10,7 @@ from tests.bench.rows import show
 
 #: Name -> function that yields rows.
 BENCHMARKS = {
+    "caption": "tests.bench.caption:rows",
     "control": "tests.bench.control:rows",
     "decode": "tests.bench.decode:rows",
     "encode": "tests.bench.encode:rows",

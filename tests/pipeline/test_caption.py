@@ -230,15 +230,19 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_shows_pictures_with_captions_and_needs_no_other_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("small", [False, True])
+def test_the_page_shows_pictures_with_captions_and_needs_no_other_file(
+    tmp_path, monkeypatch, small
+):
     store = Store(tmp_path)
     sample = pictures()[0]
-    for number in range(5):
+    each = 3 if small else 10
+    for number in range(9):
         some = [
             ImageSample(
                 ImageRef(f"{number:05d}{i:04d}", "x:", "x"), sample.data, "png", 64, 64, 64, 64
             )
-            for i in range(10)
+            for i in range(each)
         ]
         write_images(store, IMAGES, InputShard(f"{number:05d}", "train"), {}, some, 0.0)
     evil = "<script>alert(1)</script> & so on"
@@ -329,6 +333,6 @@ def test_a_killed_and_rerun_run_leaves_the_same_bytes(tmp_path, llava):
     third = subprocess.run(command(killed, llava), capture_output=True, text=True, check=True)
     assert "0 shards made" in third.stdout
     encode = [PIPELINE, "run", "encode", "--source", "openmoji", "--root", str(whole)]
-    encode += ["--captions", f"{llava}.long.short", "--resolutions", "64"]
+    encode += ["--captions", f"{llava}.long.short", "--resolutions", "64", "--small", "upscale"]
     done = subprocess.run(encode, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
