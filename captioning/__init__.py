@@ -41,6 +41,7 @@ __all__ = [
 #: Captioner name -> class ("module:attribute"). A folder or hub id is a MODEL.
 CAPTIONERS: dict[str, str] = {
     "colour": "captioning.colour:ColourCaptioner",
+    "endpoint": "captioning.endpoint:EndpointCaptioner",
     "llava-1.5-7b": "captioning.vlm:VisionLanguageModel",
     "llava-1.6-7b": "captioning.vlm:VisionLanguageModel",
 }

@@ -154,6 +154,7 @@ class Captioner(ABC):
 
     Settings: ClassVar[type[Any]] = Settings
     gpus: float = 0.0  # that a worker with this captioner holds
+    workers: int | None = None  # where nobody says how many; None: as many as there is room for
     best_effort: bool = False  # the same (seed, key) may give another text next time
 
     def __init__(self, name: str, settings: Any) -> None:

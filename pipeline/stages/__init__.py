@@ -36,6 +36,7 @@ class Needs:
     cpus: float = 1.0
     gpus: float = 0.0
     in_hand: int = 1  # shards at once: one is encoded while another is read or written
+    workers: int | None = None  # where nobody says how many; None: as many as there is room for
 
 
 class Worker(Protocol):

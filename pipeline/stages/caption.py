@@ -55,7 +55,7 @@ class CaptionStage:
         with one_line_errors():
             self.captioner = captioning.load(captioner, **own_settings(captioner, settings or {}))
         gpus = self.captioner.gpus
-        self.needs = Needs(GPU_CPUS, gpus) if gpus else Needs()
+        self.needs = Needs(GPU_CPUS, gpus) if gpus else Needs(workers=self.captioner.workers)
         self.label = ".".join(filter(None, [self.captioner.label(), "+".join(self.steps)]))
 
     def groups(self) -> list[str]:

@@ -14,6 +14,7 @@ BENCHMARKS = {
     "control": "tests.bench.control:rows",
     "decode": "tests.bench.decode:rows",
     "encode": "tests.bench.encode:rows",
+    "endpoint": "tests.bench.endpoint:rows",
     "loader": "tests.bench.loader:rows",
     "model": "tests.bench.model:rows",
     "overhead": "tests.bench.overhead:rows",
