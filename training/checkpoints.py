@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 import torch
 from composer import State
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.torch_version import TorchVersion
 
 from pipeline.core.errors import SettingError
@@ -101,7 +101,12 @@ class CheckpointState:
         groups = [
             {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
         ]
-        set_optimizer_state_dict(state.model, optimizer, optim_state_dict=self.optimizers[own])
+        set_optimizer_state_dict(
+            state.model,
+            optimizer,
+            optim_state_dict=self.optimizers[own],
+            options=StateDictOptions(full_state_dict=state.fsdp_enabled),
+        )
         for group, settings in zip(optimizer.param_groups, groups, strict=True):
             group.update(settings)
 

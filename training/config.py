@@ -308,6 +308,7 @@ class Config(Section):
     init_from: str = ""  # run folder or weights file to start from; default: random weights
     # auto: bf16 through autocast on CUDA, fp32 on CPU. fp64 is for comparisons, not for training.
     precision: Literal["auto", "fp64", "fp32", "amp_bf16"] = "auto"
+    parallel: Literal["ddp", "fsdp2"] = "ddp"  # ranks hold all weights, or a part each
     compile: bool = False  # the network's blocks through torch.compile: a slow start, faster steps
     # released: as the published code trains, which applies neither its averages of the weights nor
     # its experts' learning rate; `resolve` sets ema and optimizer.expert_lr to what that means.

@@ -23,6 +23,7 @@ from pipeline.core.errors import SettingError
 from pipeline.core.latents import to_raw
 from pipeline.core.manifest import TextFacts, mismatches
 from training.config import Samples
+from training.parallel import for_sampling
 from training.randomness import picture_noise
 from training.sampler import sample
 from training.sheet import contact_sheet
@@ -112,7 +113,7 @@ class SampleSheets(Callback):
             part = slice(start, start + size)
             with get_precision_context(state.precision, state.precision_config):
                 latents = sample(
-                    self._model.dit,
+                    for_sampling(self._model.dit),
                     self._model.objective.denoiser,
                     noise[part].to(device),
                     y[part].to(device),
