@@ -127,14 +127,18 @@ def _attempt(
         network.compile_blocks()
     network.fsdp_wrap_fn = parallel.is_unit  # pyright: ignore
     model = DiffusionModel(network, _objective(plan, name, rollbacks))
+    begun = ""
     if dist.get_global_rank() == 0:
-        folder.begin(plan, name)  # now that the weights are known to fit
+        if start is not None:
+            previous = StageFolder(start.path.parent)
+            start.require_weights(previous.live if previous.live.exists() else previous.model)
+        begun = folder.begin(plan, name)  # now that the weights are known to fit
         mirror.put_records(path)
         mirror.catch_up(path)
     averages = start.averages if start else None
     ema = EMA(model.dit, stage.averages(), stage.ema_start, averages)
     own = observers.callbacks(
-        plan, name, path, model, ema, rollbacks, bill, stop, mirror.put_checkpoint
+        plan, name, path, begun, model, ema, rollbacks, bill, stop, mirror.put_checkpoint
     )
     trainer = _trainer(plan, name, path, model, [*own, *callbacks, stop], resume, rollbacks)
     if start is not None and stage.keep_moments:

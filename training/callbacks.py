@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from composer import Callback, Logger, State
 from composer.utils import dist
@@ -45,6 +46,7 @@ class SaveCheckpoints(Callback):
     stops at the file it finds.
 
     Args:
+        begun: fingerprint of what the stage was begun with; each checkpoint says it.
         keep: how many stay.
         stop: says whether the run ends after this step.
         copy: called with each checkpoint that is whole, on the first rank.
@@ -54,6 +56,7 @@ class SaveCheckpoints(Callback):
         self,
         folder: StageFolder,
         stage: Stage,
+        begun: str,
         keep: int,
         guard: Guard,
         meter: Meter,
@@ -66,6 +69,7 @@ class SaveCheckpoints(Callback):
         self._meter = meter
         self._metrics = metrics
         self._stage = stage
+        self._begun = begun
         self._keep = keep
         self._stop = stop
         self._copy = copy
@@ -88,6 +92,9 @@ class SaveCheckpoints(Callback):
                 raise
             self._metrics.write()  # a resumed run writes the lines after this step only
             self._save(state, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"begun": self._begun}
 
     def _save(self, state: State, step: int) -> None:
         path = self._folder.checkpoint(step)

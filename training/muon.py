@@ -157,7 +157,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     """Matrices (..., m, n) -> their U V^T, roughly: singular values between about 0.7 and 1.2.
 
     Each is normalised and orthogonalised for itself, by Newton-Schulz in bfloat16 on GPUs, which
-    it was made for, and in float32 elsewhere.
+    it was made for, and in float32 elsewhere; float64 stays as it is.
     """
     a, b, c = COEFFICIENTS
     x = matrices.to(_precision(matrices))
@@ -172,4 +172,6 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def _precision(matrices: Tensor) -> torch.dtype:
+    if matrices.dtype == torch.float64:  # for comparisons
+        return torch.float64
     return torch.bfloat16 if matrices.is_cuda else torch.float32

@@ -1,4 +1,4 @@
-"""Several ranks: each with all weights (DDP, Composer's default), or with a part of them (FSDP2)."""
+"""Several ranks, each with all weights (DDP, Composer's default) or with a part of them (FSDP2)."""
 
 from __future__ import annotations
 

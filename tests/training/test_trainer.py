@@ -277,6 +277,66 @@ def test_a_checkpoint_of_another_stage(
         assemble.run(plan_of(data, copy))
 
 
+def test_stages_whose_names_end_alike(data: dict[str, Any], tmp_path: Path) -> None:
+    """A checkpoint of `512-full` in the folder of `full`: what it was begun with tells them
+    apart."""
+    stages = {"full": {"steps": 2, "save_every": 1}, "512-full": {"steps": 1}}
+    run, changes = tmp_path / "run", {"stages": stages, "evaluate": {"every": 0}}
+    assemble.run(plan_of(data, run, **changes))
+    shutil.move(run / "512-full/step-00000001.pt", run / "full/step-00000001.pt")
+    shutil.rmtree(run / "512-full")
+    for name in ("model.safetensors", "step-00000002.pt"):
+        (run / "full" / name).unlink()
+    with pytest.raises(SettingError, match=r"step-00000001.pt: is of a stage that was begun with"):
+        assemble.run(plan_of(data, run, **changes))
+
+
+def test_a_stage_is_tied_to_the_weights_that_it_began_from(
+    data: dict[str, Any],
+    trained: tuple[Plan, Watch],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    source, run, path = trained[0].config.run_folder(), tmp_path / "run", tmp_path / "run.yaml"
+    path.write_text(json.dumps({**data, "folder": str(run)}))
+    shutil.copytree(source, run)
+    (run / "full/model.safetensors").unlink()  # so that it would go on from its checkpoint
+
+    def answer() -> str:
+        assert main([str(path)]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        return lines[0]
+
+    shutil.rmtree(run / "masked")
+    assert (
+        f"masked/model.safetensors is missing, and stage full began from it; put {run}" in answer()
+    )
+    # The same stage of the same settings, trained elsewhere with other results.
+    shutil.copytree(source / "masked", run / "masked")
+    passport = weights.read_passport(source / "masked/model.safetensors")
+    changed = {k: v + 1 for k, v in load_file(source / "masked/model.safetensors").items()}
+    weights.write(run / "masked/model.safetensors", changed, passport)
+    assert "holds other weights than those that stage full began from (sha256 " in answer()
+    shutil.copy(source / "masked/model.safetensors", run / "masked/model.safetensors")
+    assert main([str(path)]) == 0
+    assert equal(run / "model.safetensors", source / "model.safetensors")
+
+
+def test_a_checkpoint_of_other_weights_than_its_stages(
+    data: dict[str, Any], trained: tuple[Plan, Watch], tmp_path: Path
+) -> None:
+    """The next stage begins with the checkpoint, and is tied to the weights beside it."""
+    copy = tmp_path / "run"
+    shutil.copytree(trained[0].config.run_folder() / "masked", copy / "masked")
+    file = copy / "masked/step-00000010.pt"
+    state = torch.load(file, weights_only=True)
+    state["state"]["model"]["dit.x_embedder.proj.bias"] += 1
+    torch.save(state, file)
+    with pytest.raises(SettingError, match=r"holds other weights than .*/live.safetensors \(x_emb"):
+        assemble.run(plan_of(data, copy))
+
+
 def test_loading_runs_no_code(tmp_path: Path) -> None:
     """Composer calls torch.load with weights_only=False; the variable overrules it."""
     torch.save(Evil(tmp_path / "sign"), tmp_path / "evil.pt")
