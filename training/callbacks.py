@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class SaveCheckpoints(Callback):
         keep: how many stay.
         stop: says whether the run ends after this step.
         copy: called with each checkpoint that is whole, on the first rank.
+        say: shows a line (step, text) to the user.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class SaveCheckpoints(Callback):
         metrics: Metrics,
         stop: StopAtSignal,
         copy: Callable[[Path], None],
+        say: Callable[[int, str], None],
     ) -> None:
         self._folder = folder
         self._guard = guard
@@ -73,10 +76,17 @@ class SaveCheckpoints(Callback):
         self._keep = keep
         self._stop = stop
         self._copy = copy
+        self._say = say
+        self._took = 0.0  # seconds, of the last one
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
-            self._folder.remove_parts()
+            for name in self._folder.remove_parts():
+                self._say(
+                    state.timestamp.batch.value,
+                    f"an earlier start was killed while it wrote {name.split('.')[0]}.pt; if that "
+                    "was after SIGTERM, it needs more time (docs/train.md)",
+                )
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value
@@ -90,6 +100,9 @@ class SaveCheckpoints(Callback):
                 if self._stop.now:
                     return  # the next start goes on from before the trouble
                 raise
+            if self._stop.now:
+                before = f" (the last one took {self._took:.0f} s)" if self._took else ""
+                self._say(step, f"SIGTERM: saving a checkpoint{before}")
             self._metrics.write()  # a resumed run writes the lines after this step only
             self._save(state, step)
 
@@ -97,7 +110,7 @@ class SaveCheckpoints(Callback):
         return {"begun": self._begun}
 
     def _save(self, state: State, step: int) -> None:
-        path = self._folder.checkpoint(step)
+        began, path = time.perf_counter(), self._folder.checkpoint(step)
         part = self._folder.part(step)
         try:
             # Nothing of ours depends on the global generators that "rng" holds.
@@ -115,6 +128,7 @@ class SaveCheckpoints(Callback):
             for old in self._folder.checkpoints()[: -self._keep]:
                 old.unlink()
             self._copy(path)
+        self._took = time.perf_counter() - began
 
 
 def _publish(part: Path, path: Path) -> None:

@@ -95,7 +95,12 @@ def _hours(plan: Plan, flops: float) -> float:
 
 def _data_line(plan: Plan) -> str:
     if not plan.data:
-        return f"data: not all there under {plan.config.data.root}; bytes follow from the formats"
+        trimmed = plan.config.data.text == "trimmed"
+        longest = f" for the longest captions, {plan.text.length} rows" if trimmed else ""
+        return (
+            f"data: not all there under {plan.config.data.root}; bytes follow from the formats"
+            f"{longest}"
+        )
     sources = next(iter(plan.data.values()))
     counts = ", ".join(f"{s.name} {s.samples:,}" for s in sources)
     return f"data: {counts} samples of split {plan.config.data.split}; bytes are measured"

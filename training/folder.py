@@ -97,10 +97,12 @@ class StageFolder:
         """A checkpoint in the making; Composer reads compression out of other endings than .pt."""
         return self.path / f".step-{step:08d}.part.pt"
 
-    def remove_parts(self) -> None:
-        """What a killed run left half-written."""
-        for path in self.path.glob(".*.part*"):
+    def remove_parts(self) -> list[str]:
+        """Deletes what a killed run left half-written; the names of the checkpoints among it."""
+        parts = sorted(self.path.glob(".*.part*"))
+        for path in parts:
             path.unlink()
+        return [path.name.removeprefix(".") for path in parts if path.match(".step-*.part.pt")]
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""

@@ -98,7 +98,7 @@ def callbacks(
         *_evaluation(plan, name, subject),
         *_samples(plan, name, subject, path),
         SaveCheckpoints(
-            path, stage, begun, config.checkpoint.keep, guard, meter, metrics, stop, copy
+            path, stage, begun, config.checkpoint.keep, guard, meter, metrics, stop, copy, tell
         ),
     ]
 
