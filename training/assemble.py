@@ -19,7 +19,6 @@ from composer.utils import dist, get_device
 from pipeline.core.errors import SettingError, StorageError
 from training import curve, folder, initial, journal, observers, parallel, weights
 from training.checkpoints import CheckpointState, allow_only_data, read, require_same
-from training.config import Power
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
 from training.dtensors import gathered
@@ -37,6 +36,7 @@ from training.observers import say
 from training.optim import make_optimizer
 from training.preflight import Plan, network_config, world_size
 from training.randomness import keyed_seed, stage_key
+from training.stage_settings import Power
 from training.stopping import StopAtSignal
 
 COMPILED_MULTIPLE = 16  # caption rows of a batch: fewer lengths, fewer graphs

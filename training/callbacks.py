@@ -13,13 +13,13 @@ from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 
 from pipeline.core.errors import SettingError
-from training.config import Stage
 from training.folder import StageFolder
 from training.guard import Guard, RollBack
 from training.meter import Meter
 from training.metrics import Metrics
 from training.model import DiffusionModel
 from training.optim import learning_rate
+from training.stage_settings import Stage
 from training.stopping import StopAtSignal
 
 

@@ -20,9 +20,9 @@ from pipeline.core.errors import SettingError
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
 from training.folder import StageFolder
+from training.official import PREFIX
 from training.safe_load import load
 
-PREFIX = "dit."  # of the network in the ComposerModel, as in the released project's checkpoints
 RESOLUTION = ("input_size", "pos_interp_scale")  # of DiTConfig; no weights depend on them
 
 

@@ -17,8 +17,8 @@ from composer import Callback, Logger, State
 from torch import Tensor, nn
 
 from training.checkpoints import Average
-from training.config import Power
 from training.dtensors import gathered, local, parts_as
+from training.stage_settings import Power
 
 
 class EMA(Callback):

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import yaml
 
 from pipeline.core.tokens import row_bytes
-from training.config import Stage
 from training.dit_config import DiTConfig
 from training.flops import flops_per_image, num_parameters
 from training.masking.ratio import ratio_steps
 from training.preflight import Plan, Source, network_config
+from training.stage_settings import Stage
 
 STEP_PASSES = 3  # a training step costs three forward passes: forward, and twice that backward
 FLOAT16 = 2  # bytes

@@ -20,9 +20,9 @@ from composer import Callback, Logger, State
 from composer.utils import dist
 from torch import Tensor, nn
 
-from training.config import Guard as Settings
 from training.dtensors import local, whole
 from training.ema import EMA
+from training.settings import Guard as Settings
 
 NORMAL = 1.4826  # a normal distribution's standard deviation in median absolute deviations
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from pipeline.core.errors import SettingError
 from training.blocks import DiTBlock
-from training.config import Config
 from training.decoder import DecoderBlock
 from training.preflight import world_size
 from training.sampler import TextConditioned
+from training.settings import Config
 
 if TYPE_CHECKING:
     from composer.utils import ParallelismConfig

@@ -22,10 +22,10 @@ from torch import Tensor
 from pipeline.core.errors import SettingError
 from pipeline.core.latents import to_raw
 from pipeline.core.manifest import TextFacts, mismatches
-from training.config import Samples
 from training.parallel import for_sampling
 from training.randomness import picture_noise
 from training.sampler import TextConditioned, sample
+from training.settings import Samples
 from training.sheet import contact_sheet
 from training.subject import Subject
 from training.swap import swapped

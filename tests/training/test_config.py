@@ -20,10 +20,12 @@ from pipeline.core.errors import SettingError
 from pipeline.core.store import Store
 from tests.training.groups import Encoders, make_encoders, make_source, settings
 from training import folder
-from training.config import NOISE, Config, Model, _keys, load, resolve
+from training.config import _keys, load, resolve
 from training.masking.ratio import ratio_at
 from training.masking.tread import Tread
 from training.preflight import MissingData, check
+from training.settings import Config, Model
+from training.stage_settings import NOISE
 from training.threads import share_cores
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from training.checkpoints import Average
-from training.config import Power
 from training.ema import EMA
+from training.stage_settings import Power
 
 WEIGHTS = [0.0, 1.0, 5.0, 2.0, -3.0, 4.0, 4.0]
 
