@@ -30,7 +30,8 @@ def parts_as(tensor: Tensor, model: Tensor) -> Tensor:
     tensor = tensor.to(model.device)
     if isinstance(tensor, DTensor) or not isinstance(model, DTensor):
         return tensor
-    return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
+    part = distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
+    return part.clone()  # it is a view, and would keep the whole in memory
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

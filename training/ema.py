@@ -72,18 +72,6 @@ class EMA(Callback):
             weight = 1 - self._beta(name, average["updates"])
             torch._foreach_lerp_(values, parts, weight)  # pyright: ignore
 
-    def names(self) -> list[str]:
-        """Of the averages, the stage's main one first."""
-        return self._names
-
-    def averaged(self, name: str | None = None) -> dict[str, Tensor]:
-        """The average of this name, or the main one, by parameter name; the weights themselves
-        where there is none, or it has not begun."""
-        average = self._averages.get(name or next(iter(self._names), ""))
-        if average is not None:
-            return average["values"]
-        return self._weights()
-
     def averages(self) -> dict[str, dict[str, Tensor]]:
         """Every average that there is by now, by parameter name: "ema", the main one, first, the
         others as "ema-NAME"."""
