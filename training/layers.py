@@ -60,7 +60,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Normed, bias: Tensor | None = None) -> Tensor:
         """x (B, T, d) -> (B, T, d); ``bias`` (B, 1, 1, T) is added to the scores of each key."""
-        q, k, v = x.linear(self.qkv.weight, parts=3)
+        q, k, v = x.project(self.qkv.weight, parts=3)
         q, k = unit_norm(q, self.eps), unit_norm(k, self.eps)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (q, k, v))
         return self.proj(attend(q, k, v, bias).transpose(1, 2).flatten(2))
@@ -94,7 +94,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Normed, y: Tensor | KeysValues, bias: Tensor | None = None) -> Tensor:
         """x (B, T, d), y (B, L, d) -> (B, T, d); ``bias`` (B, 1, 1, L) is added to the scores."""
         k, v = self.keys_values(y)
-        (q,) = x.linear(self.q_linear.weight)
+        (q,) = x.project(self.q_linear.weight)
         q = self._heads(unit_norm(q, self.eps))
         return self.proj(attend(q, k, v, bias).transpose(1, 2).flatten(2))
 
@@ -141,7 +141,7 @@ class GeluMLP(nn.Module):
 
     def forward(self, x: Normed) -> Tensor:
         """x (B, T, d) -> (B, T, d)."""
-        return gelu_linear(*x.linear(self.w1.weight), self.w2.weight)
+        return gelu_linear(*x.project(self.w1.weight), self.w2.weight)
 
     def initialise(self, std_out: float, generator: torch.Generator | None) -> None:
         trunc_normal_(self.w1.weight, INIT_STD, generator)

@@ -12,7 +12,7 @@ rest is done in the precision of what it is given, float32 in training.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
-aten = torch.ops.aten
+aten: Any = torch.ops.aten  # a namespace that is filled at run time, as no type checker knows
 
 
 @dataclass(frozen=True)
@@ -39,24 +39,19 @@ class Normed:
         """The tokens themselves, (B, T, d)."""
         return self.project()[0]
 
-    def linear(self, matrix: Tensor, parts: int = 1) -> tuple[Tensor, ...]:
-        """Their product with ``matrix`` (parts * o, d) transposed, as ``parts`` times (B, T, o)."""
-        if not _keeps_operands():
-            return F.linear(self.value(), matrix).chunk(parts, dim=-1)
-        # As many products: a part of one tensor would keep all of it.
-        return self.project(*matrix.chunk(parts))
-
-    def project(self, *matrices: Tensor) -> tuple[Tensor, ...]:
-        """Their products with each of the ``matrices`` (o, d) transposed, (B, T, o); without any,
-        the tokens themselves."""
+    def project(self, *matrices: Tensor, parts: int = 1) -> tuple[Tensor, ...]:
+        """Their products with ``matrices`` (parts * o, d) transposed, ``parts`` tensors (B, T, o)
+        for each; without matrices the tokens themselves."""
         norm, shift, scale = self.norm, self.shift, self.scale
         if _keeps_operands():
             own = (_cast(matrix) for matrix in matrices)
-            return _Project.apply(_wide(self.x), norm.weight, shift, scale, norm.eps, *own)
+            return _apply(_Project, _wide(self.x), norm.weight, shift, scale, norm.eps, parts, *own)
         h = norm(self.x)
         if scale is not None and shift is not None:
             h = torch.addcmul(shift, h, 1 + scale)
-        return tuple(F.linear(h, matrix) for matrix in matrices) if matrices else (h,)
+        if not matrices:
+            return (h,)
+        return tuple(o for matrix in matrices for o in F.linear(h, matrix).chunk(parts, dim=-1))
 
 
 def unit_norm(x: Tensor, eps: float) -> Tensor:
@@ -64,21 +59,21 @@ def unit_norm(x: Tensor, eps: float) -> Tensor:
     queries and keys, attention keeps that anyway."""
     if not _keeps_operands():
         return F.layer_norm(x, x.shape[-1:], eps=eps)
-    return _UnitNorm.apply(x, eps)
+    return _apply(_UnitNorm, x, eps)
 
 
 def swiglu(a: Tensor, b: Tensor, matrix: Tensor) -> Tensor:
     """silu(a) b (..., f) times ``matrix`` (d, f) transposed -> (..., d)."""
     if not _keeps_operands():
         return F.linear(F.silu(a) * b, matrix)
-    return _SwiGLU.apply(a, b, _cast(matrix))
+    return _apply(_SwiGLU, _cast(a), _cast(b), _cast(matrix))
 
 
 def gelu_linear(a: Tensor, matrix: Tensor) -> Tensor:
     """gelu(a) (..., f) times ``matrix`` (d, f) transposed -> (..., d)."""
     if not _keeps_operands():
         return F.linear(F.gelu(a), matrix)
-    return _GeluLinear.apply(a, _cast(matrix))
+    return _apply(_GeluLinear, _cast(a), _cast(matrix))
 
 
 def experts(x: Tensor, weight: Tensor, rows: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -100,12 +95,16 @@ def experts(x: Tensor, weight: Tensor, rows: Tensor, w1: Tensor, w2: Tensor) -> 
         y = torch.bmm(F.gelu(torch.bmm(chosen, w1)), w2)
         y = y * weight[..., None].to(y.dtype)
         return y.new_zeros(x.shape).index_add_(0, rows.flatten(), y.flatten(0, 1))
-    return _Experts.apply(_cast(x), weight, rows, _cast(w1), _cast(w2))
+    return _apply(_Experts, _cast(x), weight, rows, _cast(w1), _cast(w2))
 
 
 def _keeps_operands() -> bool:
     """Whether plain operations would record what they need for backward, each for itself."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _apply(function: type[Function], *args: Any) -> Any:
+    return function.apply(*args)
 
 
 def _cast(matrix: Tensor) -> Tensor:
@@ -148,7 +147,7 @@ def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _normalise_backward(
     grad: Tensor, normed: Tensor, rstd: Tensor, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x and of the weight, from the normalised tokens instead of x.
+    """Gradients of x, and of the norm's weight if it has one, from the normalised tokens.
 
     These are their own normalisation, of mean 0 and deviation 1, and so the same kernel serves; x
     itself is wider by the deviation.
@@ -167,59 +166,73 @@ class _Project(Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor | None,
+        weight: Tensor,
         shift: Tensor | None,
         scale: Tensor | None,
         eps: float,
+        parts: int,
         *matrices: Tensor,
     ) -> tuple[Tensor, ...]:
         normed, rstd = _normalise(x, eps)
         ctx.save_for_backward(normed, rstd, weight, shift, scale, *matrices)
+        ctx.parts = parts
         h = _modulate(normed, _factor(weight, scale), shift)
         if not matrices:
             return (h,)
         flat = _flat(h).to(matrices[0].dtype)
-        return tuple((flat @ m.t()).view(*x.shape[:-1], m.shape[0]) for m in matrices)
+        # A product for each part: a part of one tensor would keep all of that.
+        own = _parts(matrices, parts)
+        return tuple((flat @ part.t()).view(*x.shape[:-1], -1) for part in own)
 
     @staticmethod
     @once_differentiable
     @_without_autocast
     def backward(ctx: Any, *grads: Tensor) -> Any:
         normed, rstd, weight, shift, scale, *matrices = ctx.saved_tensors
-        factor = _factor(weight, scale)
-        grad, of_matrices = grads[0], []
+        factor, (grad, *_) = _factor(weight, scale), grads
+        of_matrices = [torch.empty_like(matrix) for matrix in matrices]
         if matrices:
             flat = _flat(_modulate(normed, factor, shift)).to(matrices[0].dtype)
-            total: Tensor | None = None
-            for own, matrix in zip(grads, matrices, strict=True):
-                own = _flat(own)
-                of_matrices.append(own.t() @ flat)
-                total = own @ matrix if total is None else total.addmm_(own, matrix)
-            assert total is not None
-            grad = total.view(normed.shape).to(normed.dtype)
+            own = [_flat(part) for part in grads]
+            _products_with(own, flat, _parts(of_matrices, ctx.parts))
+            grad = _sum_of_products(own, _parts(matrices, ctx.parts))
+            grad = grad.view(normed.shape).to(normed.dtype)
         if scale is None:  # the kernel multiplies by the weight and finds its gradient
             of_x, of_weight = _normalise_backward(grad, normed, rstd, weight)
-            return of_x, of_weight, None, None, None, *of_matrices
+            return of_x, of_weight, None, None, None, None, *of_matrices
         of_shift = grad.sum(1, keepdim=True)
         of_factor = (grad * normed).sum(1, keepdim=True)
-        of_scale, of_weight = of_factor, None
-        if weight is not None:
-            of_scale = of_factor * weight
-            of_weight = (of_factor * (1 + scale)).sum((0, 1))
-        of_x, _ = _normalise_backward(grad * factor, normed, rstd)
-        return of_x, of_weight, of_shift, of_scale, None, *of_matrices
+        of_scale = of_factor * weight
+        of_weight = (of_factor * (1 + scale)).sum((0, 1))
+        grad = grad.mul_(factor) if matrices else grad * factor  # without, it is not ours
+        of_x, _ = _normalise_backward(grad, normed, rstd)
+        return of_x, of_weight, of_shift, of_scale, None, None, *of_matrices
 
 
-def _factor(weight: Tensor | None, scale: Tensor | None) -> Tensor | None:
+def _parts(matrices: Sequence[Tensor], parts: int) -> list[Tensor]:
+    return [part for matrix in matrices for part in matrix.chunk(parts)]
+
+
+def _products_with(grads: Sequence[Tensor], x: Tensor, into: Sequence[Tensor]) -> None:
+    """The gradients (o, d) of matrices, from those (N, o) of their products with x (N, d)."""
+    for grad, part in zip(grads, into, strict=True):
+        torch.mm(grad.t(), x, out=part)
+
+
+def _sum_of_products(grads: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
+    """The gradient (N, d) of x, from those (N, o) of its products with ``matrices`` (o, d)."""
+    total = grads[0] @ matrices[0]
+    for grad, matrix in zip(grads[1:], matrices[1:], strict=True):
+        total.addmm_(grad, matrix)
+    return total
+
+
+def _factor(weight: Tensor, scale: Tensor | None) -> Tensor:
     """The norm's weight and the modulation in one: (B, 1, d), or (d,) without modulation."""
-    if scale is None:
-        return weight
-    return 1 + scale if weight is None else weight * (1 + scale)
+    return weight if scale is None else weight * (1 + scale)
 
 
-def _modulate(normed: Tensor, factor: Tensor | None, shift: Tensor | None) -> Tensor:
-    if factor is None:
-        return normed.clone()
+def _modulate(normed: Tensor, factor: Tensor, shift: Tensor | None) -> Tensor:
     return normed * factor if shift is None else torch.addcmul(shift, normed, factor)
 
 
@@ -281,7 +294,9 @@ class _GeluLinear(Function):
 class _Experts(Function):
     @staticmethod
     @_without_autocast
-    def forward(ctx: Any, x: Tensor, weight: Tensor, rows: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, rows: Tensor, w1: Tensor, w2: Tensor
+    ) -> Tensor:
         chosen = x.index_select(0, rows.flatten()).unflatten(0, rows.shape)
         hidden = torch.bmm(chosen, w1)
         ctx.save_for_backward(x, weight, rows, w1, w2, hidden)
@@ -297,7 +312,7 @@ class _Experts(Function):
         flat, weight = rows.flatten(), weight[..., None].to(w2.dtype)
         opened = F.gelu(hidden)
         own = grad.index_select(0, flat).unflatten(0, rows.shape)
-        # <grad, w2 h> = <w2' grad, h>: the experts' outputs are not needed for the weights' gradient.
+        # <grad, w2 h> = <w2' grad, h>: the weights' gradient needs no outputs of the experts.
         of_hidden = torch.bmm(own, w2.transpose(1, 2))
         of_weight = (of_hidden * opened).sum(-1)
         of_w2 = torch.bmm(opened.transpose(1, 2), own.mul_(weight))
