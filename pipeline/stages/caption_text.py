@@ -106,5 +106,5 @@ def facts(counters: Counter[str], seconds: float) -> str:
         if counters[name]:
             rate = f" ({counters[name] / seconds:,.1f}/s)" if seconds else ""
             rates.append(f"{counters[name]:,} {name}{rate}")
-    counts = [f"{counters[n]:,} {n}" for n in ("truncated", "duplicates", "empty", "refusals")]
-    return ", ".join([*rates, *counts])
+    others = ("truncated", "duplicates", "empty", "refusals")
+    return ", ".join([*rates, *(f"{counters[name]:,} {name}" for name in others if counters[name])])
