@@ -192,7 +192,7 @@ HABITS: tuple[Rule, ...] = (
         ("In the image, there is a fox.", "a fox."),
     ),
     Rule(
-        r"(?<=[.!?])\s+overall,? [^.!?]*[.!?]?$",
+        r"(?<=[.!?])\s+(?:overall,?|the overall) [^.!?]*[.!?]?$",
         "",
         "a verdict at the end repeats what was said",
         ("A fox rests. Overall, the scene is calm.", "A fox rests."),

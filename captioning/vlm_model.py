@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -66,7 +66,7 @@ class Model:
         """Tokens of a prompt with its picture, as far as they can be told without looking: what
         batches are sorted by, so that an error costs time alone."""
         count = getattr(self.processor, "_get_num_multimodal_tokens", None)
-        if size is None or count is None:
+        if size is None or count is None or max(size) > MAX_ASPECT * min(size):
             return self.lengths[number]
         width, height = size
         return self.lengths[number] + count(image_sizes=[(height, width)]).num_image_tokens[0]
@@ -101,7 +101,10 @@ class Model:
             with torch.inference_mode():
                 inputs = batch.inputs.to(self.model.device, self.model.dtype)
                 found = self.model.generate(
-                    **inputs, generation_config=self._generation(), logits_processor=noise
+                    **inputs,
+                    generation_config=self._generation(),
+                    use_model_defaults=False,
+                    logits_processor=noise,
                 )
             ids = found[:, inputs["input_ids"].shape[1] :].tolist()
         except torch.OutOfMemoryError:
@@ -214,7 +217,7 @@ def _open(wanted: Wanted) -> Image.Image:
             "aspect-ratio", f"{image.width}x{image.height} is longer than {MAX_ASPECT} to 1"
         )
     if longer > MAX_SIDE:
-        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BICUBIC, reducing_gap=3)
+        return ImageOps.contain(image, (MAX_SIDE, MAX_SIDE), Image.Resampling.BICUBIC)
     return image
 
 

@@ -151,6 +151,12 @@ def download(
         bool,
         typer.Option("--retry-failed", help="Fetch again what failed to download, and only that."),
     ] = False,
+    allow_private_hosts: Annotated[
+        bool,
+        typer.Option(
+            "--allow-private-hosts", help="Links may lead into your own network (URL lists)."
+        ),
+    ] = False,
 ) -> dict[str, Any]:
     """Fetch pictures and captions into WebDataset tars."""
     overrides: dict[str, Any] = {
@@ -158,6 +164,7 @@ def download(
         "rules.image_size": image_size,
         "rules.min_image_size": min_image_size,
         "retry_failed": retry_failed,
+        "download.allow_private_hosts": allow_private_hosts or None,
     }
     return {**overrides, **_settings("download", set_)}
 

@@ -166,7 +166,7 @@ class CaptionWorker:
             commit = images_commit(self.store, pictures, job.shard.id, job.groups[group]["images"])
             table = from_parquet(read_file(self.store, pictures, commit, ".parquet"))
             columns = (table[name].to_pylist() for name in ("key", "width", "height"))
-            sizes = {key: (width, height) for key, width, height in zip(*columns, strict=True)}
+            sizes = {key: (w, h) for key, w, h in zip(*columns, strict=True) if w and h}
         for image in read_images(self.store, pictures, commit):
             if image.key not in job.dropped:
                 order[image.key] = len(order)

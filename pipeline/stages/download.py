@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from pipeline.core import drops, layout
 from pipeline.core.catalog import Catalog
@@ -53,6 +53,15 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class KeepsLists(Protocol):
+    """A source whose lists are too long for specs: it keeps their rows under the root."""
+
+    def attach(self, store: Store, folder: str) -> None:
+        """Says where, in the process that plans and in each worker, before anything else."""
+        ...
+
+
 class Download:
     name = "download"
     needs = Needs()
@@ -80,6 +89,7 @@ class Download:
         return [layout.images_group(self.source)]
 
     def plan(self, catalog: Catalog) -> Iterable[Job]:
+        self._attach(catalog.store)
         (group,) = self.groups()
         dropped = catalog.dropped(self.source)
         common = {
@@ -100,10 +110,15 @@ class Download:
         return self.settings.estimate(job.shard)
 
     def open(self, store: Store) -> _Worker:
+        self._attach(store)
         return _Worker(self, store)
 
     def manifest(self, group: str) -> None:
         return None
+
+    def _attach(self, store: Store) -> None:
+        if isinstance(self.settings, KeepsLists):
+            self.settings.attach(store, layout.lists_folder(self.source))
 
 
 class _Worker:

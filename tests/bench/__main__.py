@@ -20,6 +20,7 @@ BENCHMARKS = {
     "overhead": "tests.bench.overhead:rows",
     "size": "tests.bench.size:rows",
     "text": "tests.bench.text:rows",
+    "urls": "tests.bench.urls:rows",
 }
 
 

@@ -41,7 +41,7 @@ def save_llava(folder: Path, kind: str = "llava", hidden: int = 64, layers: int 
         hidden: width of the language model, a multiple of 4.
         layers: of the language model.
     """
-    tokenizer = _tokenizer()
+    tokenizer = small_tokenizer()
     vision = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -86,7 +86,7 @@ def save_llava(folder: Path, kind: str = "llava", hidden: int = 64, layers: int 
         model = LlavaNextForConditionalGeneration(config)
         images = LlavaNextImageProcessor(**size, image_grid_pinpoints=grid)
         processor = LlavaNextProcessor(images, tokenizer, **shapes)
-    _spread(model, tokenizer)
+    spread(model, tokenizer)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -97,7 +97,7 @@ def save_llava(folder: Path, kind: str = "llava", hidden: int = 64, layers: int 
     return folder
 
 
-def _spread(model: Any, tokenizer: Any) -> None:
+def spread(model: Any, tokenizer: Any) -> None:
     """Weights large enough that scores differ by more than rounding, that a picture shows, that
     texts are of words, and that some of them end."""
     with torch.no_grad():
@@ -112,7 +112,7 @@ def _spread(model: Any, tokenizer: Any) -> None:
                 parameter.mul_(2)
 
 
-def _tokenizer() -> Any:
+def small_tokenizer() -> Any:
     """Llama's kind of tokenizer: BPE over pieces that begin with a space, bytes as the last
     resort."""
     bytes_ = [f"<0x{value:02X}>" for value in range(256)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,8 @@ import pytest
 from PIL import Image
 
 from captioning import Caption
-from pipeline.checks import Task, check
+from pipeline.checks import Problem, Task, check
+from pipeline.cli import main
 from pipeline.core import layout
 from pipeline.core.catalog import Catalog
 from pipeline.core.commits import Commit, read_commits
@@ -26,10 +28,13 @@ from pipeline.core.samples import ImageRef, ImageSample, InputShard
 from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
 from pipeline.plan import Choice, plan
+from pipeline.progress import summarise
+from pipeline.report import Report, last
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.caption_text import Refused, finish, parse_steps, words_up_to
 from pipeline.stages.captions import Mix, chosen_captions, one_of, upstream
 from pipeline.stages.images import write_images
+from pipeline.verify import repair
 from tests.pipeline.roots import pictures, run_here, tree
 
 IMAGES = "openmoji/images"
@@ -169,6 +174,23 @@ def test_pictures_that_cannot_be_captioned_are_rejects(tmp_path, llava):
     assert problems(store, group) == []
 
 
+def test_repair_names_the_command_that_makes_the_same_captions(
+    downloaded, llava, monkeypatch, capsys
+):
+    drawn = {"prompt": "What is it?", "temperature": 0.5, "num_captions": 2, "seed": 3}
+    made = stage(llava, "habits,lower", **drawn)
+    (group,) = made.groups()
+    run_here(made, downloaded)
+    source, _, name = group.partition("/")
+    (line,) = repair(downloaded, [Problem(source, name, "00001", None, "is broken")])
+    command = shlex.split(line.split("`")[1])
+    assert command[:3] == ["pipeline", "run", "caption"]
+    monkeypatch.setattr(sys, "argv", [*command, "--dry-run"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "1 shards left, 1 done" in capsys.readouterr().out
+
+
 # What is kept of a text
 
 
@@ -258,6 +280,19 @@ def test_the_page_shows_pictures_with_captions_and_needs_no_other_file(
     assert all(source.startswith("data:image/jpeg;base64,") for source in page.sources)
     assert "50 captions (5.0/s), 100 tokens (10.0/s), 2 truncated" in page.text
     assert text == colour.page(store, counters, 10.0)
+
+
+def test_a_runs_report_has_rates_and_counts_and_its_page_beside_it(downloaded, capsys):
+    report = Report("caption", "openmoji", shards=2, samples=10, seconds=4.0)
+    report.counters = Counter({"captions": 20, "tokens": 300, "words 1-10": 20, "refusals": 1})
+    path = report.write(downloaded)
+    record = downloaded.read_json(path)
+    assert (record["captions_per_s"], record["tokens_per_s"]) == (5.0, 75.0)
+    assert record["counters"]["refusals"] == 1
+    downloaded.write(path.removesuffix(".json") + ".html", b"a page")
+    assert last(downloaded, "openmoji", "caption") == record
+    summarise(report)
+    assert "20 captions (5.0/s), 300 tokens (75.0/s)" in capsys.readouterr().out
 
 
 # Settings
