@@ -26,7 +26,7 @@ class EndpointSettings(Settings):
     tokenizer: str = ""  # folder or cached hub id: counts tokens where the server does not
     concurrency: int = 32  # requests at once, of one worker
     timeout_s: float = 120.0  # of one request, in all
-    retries: int = 10  # with the back-off below, about five minutes without a server
+    retries: int = 10  # with the back-off below, about four minutes without a server
     backoff_s: float = 1.0  # before the first retry; doubles up to a minute
 
     def __post_init__(self) -> None:
