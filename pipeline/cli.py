@@ -45,18 +45,27 @@ def status(
 
 
 @app.command()
-def fetch(name: Annotated[str, typer.Argument(help="A VAE or text encoder, e.g. sdxl.")]) -> None:
-    """Download an encoder's weights from the Hugging Face hub into the local cache."""
+def fetch(
+    name: Annotated[
+        str, typer.Argument(help="A VAE, text encoder or captioner, e.g. sdxl, or a hub id.")
+    ],
+) -> None:
+    """Download a model's weights from the Hugging Face hub into the local cache."""
+    from captioning import hub
+    from captioning.vlm import MODELS
     from pipeline.encoders import TEXT_ENCODERS, VAES, locate_text, locate_vae
     from pipeline.encoders.hub import fetch as fetch_repo
     from pipeline.encoders.hub import is_hub_id
 
+    if name in MODELS:
+        print(f"{name}: {hub.fetch(MODELS[name])}")
+        return
     if name in VAES or (name not in TEXT_ENCODERS and is_hub_id(name)):
         repo, subfolder = locate_vae(name)
     elif name in TEXT_ENCODERS:
         repo, subfolder = locate_text(name).split(":", 1)[1], ""
     else:
-        known = {**VAES, **TEXT_ENCODERS}
+        known = {**VAES, **TEXT_ENCODERS, **MODELS}
         raise SettingError(
             f"fetch {name}: unknown{nearest(name, known)}; known: {', '.join(known)}"
         )
@@ -233,6 +242,34 @@ def drop(
         print(f"in no shard: {entry}")
     if unmatched:
         raise typer.Exit(1)
+
+
+@app.command()
+def dedup(
+    root: Root = None,
+    source: Source = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what there is; take nothing out.")
+    ] = False,
+) -> None:
+    """Take out pictures that several shards hold: of equal ones the first stays.
+
+    Sources in the order of their names, or only --source. Duplicates within a shard were rejected
+    at download. What `pipeline drop` says of bytes holds here as well.
+    """
+    from pipeline.config import default_root
+    from pipeline.core.store import Store
+    from pipeline.dedup import describe, find, take_out
+    from pipeline.progress import Count
+    from pipeline.status import sources_of
+
+    store = Store(root or default_root())
+    sources = sources_of(store, source)
+    with Count("dedup") as count:
+        found = find(store, sources, count)
+    if not dry_run:
+        take_out(store, found)
+    print("\n".join(describe(found, sources, taken=not dry_run)))
 
 
 def _lines(option: str, name: str) -> list[str]:

@@ -146,20 +146,11 @@ def _finish(stage: Stage, root: str, common: Common) -> None:
 
 
 def _encode_config(common: Common, source: str, given: dict[str, Any]) -> EncodeConfig:
-    """What the source's YAML says of encode, and the options; for a source that is no download but
-    came by `convert import`, the options alone."""
-    from pydantic import ValidationError
+    """What the source's YAML says of encode, where it has one, and the options."""
+    from pipeline.config import load_config
 
-    from pipeline.config import EncodeConfig, load_config, one_line
-    from pipeline.sources import SOURCES
-
-    if source in SOURCES or common.config is not None:
-        overrides = {f"encode.{key}": value for key, value in given.items()}
-        return load_config(source, common.config, overrides).encode
-    try:
-        return EncodeConfig(**{key: value for key, value in given.items() if value is not None})
-    except ValidationError as error:
-        raise SettingError(one_line(error, EncodeConfig)) from error
+    overrides = {f"encode.{key}": value for key, value in given.items()}
+    return load_config(source, common.config, overrides).encode
 
 
 def _rate(common: Common) -> float:

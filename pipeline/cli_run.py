@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Run a stage over the shards it has left to do.", **OPTIONS)
 
 Device = Annotated[
-    str | None, typer.Option(help="Where encoders run: cpu, or cuda: each worker holds one GPU.")
+    str | None, typer.Option(help="Where models run: cpu, or cuda: each worker holds one GPU.")
 ]
 STOPPED = {"SIGTERM": 143, "SIGINT": 130}  # exit codes, as a shell gives them
 
@@ -45,6 +45,14 @@ class Common:
     shards: Annotated[
         str, typer.Option(help="Only these input shards, e.g. 00000-00031,00100.")
     ] = ""
+    fraction: Annotated[
+        float | None,
+        typer.Option(help="Only this share of the input shards, e.g. 0.01, chosen by hash."),
+    ] = None
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Only the first input shards, whole, to about this many pictures."),
+    ] = None
     stale: Annotated[
         bool, typer.Option("--stale", help="Also redo those whose inputs changed.")
     ] = False
@@ -125,27 +133,101 @@ def _annotations() -> list[Any]:
 @app.command()
 @_stage_command
 def download(
+    kind: Annotated[
+        str | None,
+        typer.Option(help="What the source is, e.g. folder, where --source is a name of yours."),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A source's own setting, KEY=VALUE.")
     ] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(help="Shrink a larger shorter side to this, pixels; none shrinks none."),
+    ] = None,
+    min_image_size: Annotated[
+        int | None, typer.Option(help="Reject pictures whose shorter side is smaller, pixels.")
+    ] = None,
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", help="Fetch again what failed to download, and only that."),
+    ] = False,
+    allow_private_hosts: Annotated[
+        bool,
+        typer.Option(
+            "--allow-private-hosts", help="Links may lead into your own network (URL lists)."
+        ),
+    ] = False,
 ) -> dict[str, Any]:
     """Fetch pictures and captions into WebDataset tars."""
-    overrides: dict[str, Any] = {}
-    for item in set_ or []:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise SettingError(f"--set {item}: write KEY=VALUE")
-        overrides[f"download.{key}"] = value
-    return overrides
+    overrides: dict[str, Any] = {
+        "kind": kind,
+        "rules.image_size": image_size,
+        "rules.min_image_size": min_image_size,
+        "retry_failed": retry_failed,
+        "download.allow_private_hosts": allow_private_hosts or None,
+    }
+    return {**overrides, **_settings("download", set_)}
 
 
 @app.command()
 @_stage_command
 def caption(
-    captioner: Annotated[str | None, typer.Option(help="Who writes the captions: colour.")] = None,
+    captioner: Annotated[
+        str | None,
+        typer.Option(
+            help="colour, llava-1.5-7b, llava-1.6-7b, endpoint, or the folder or hub id of an "
+            "image-text-to-text model."
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="long, medium, short, several (long,short), or a text of your own."),
+    ] = None,
+    num_captions: Annotated[
+        int | None, typer.Option(help="Captions a picture; default: one for each prompt.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy; above it, noise drawn by (seed, key).")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Of a caption, at most.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the noise at a temperature.")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="A number, or auto.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16, or auto: by device.")
+    ] = None,
+    clean: Annotated[
+        str | None,
+        typer.Option(
+            help="Steps, e.g. habits,rules,lower: a model's set phrases, links and codes, capitals."
+        ),
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="Of an endpoint: http://HOST:8000/v1.")] = None,
+    model: Annotated[str | None, typer.Option(help="Of an endpoint: the model's name.")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Of an endpoint: requests at once, for each worker.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A captioner's further setting, KEY=VALUE.")
+    ] = None,
+    device: Device = None,
 ) -> dict[str, Any]:
     """Write captions beside downloaded shards."""
-    return {"caption.captioner": captioner}
+    return {
+        "caption.captioner": captioner,
+        "caption.prompt": prompt,
+        "caption.num_captions": num_captions,
+        "caption.temperature": temperature,
+        "caption.max_tokens": max_tokens,
+        "caption.seed": seed,
+        "caption.batch_size": batch_size,
+        "caption.dtype": dtype,
+        "caption.clean": clean,
+        "caption.url": url,
+        "caption.model": model,
+        "caption.concurrency": concurrency,
+        "caption.device": device,
+        **_settings("caption", set_),
+    }
 
 
 @app.command()
@@ -209,28 +291,43 @@ def encode(
 @_stage_command
 def all_(device: Device = None) -> dict[str, Any]:
     """Download, caption and encode one source, as its YAML says."""
-    return {"encode.device": device}
+    return {"caption.device": device, "encode.device": device}
+
+
+def _settings(section: str, given: list[str] | None) -> dict[str, Any]:
+    """--set KEY=VALUE, as overrides of a section."""
+    overrides: dict[str, Any] = {}
+    for item in given or []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise SettingError(f"--set {item}: write KEY=VALUE")
+        overrides[f"{section}.{key}"] = value
+    return overrides
 
 
 def _run(stages: list[str], common: Common, overrides: dict[str, Any]) -> None:
     from pipeline.config import build_stage, default_root, load_config
+    from pipeline.core.store import Store
     from pipeline.progress import table
+    from pipeline.sources import SOURCES
+    from pipeline.status import sources_of
 
     if stages[0] == "download" and common.source is None and common.config is None:
         raise SettingError(
             f"run {'all' if len(stages) > 1 else stages[0]}: name the source with --source or "
             "--config, e.g. --source openmoji"
         )
+    retry_failed = bool(overrides.pop("retry_failed", False))
     root = common.root or default_root()
     sources: list[str | None] = [common.source]
-    if common.source is None and common.config is None:
-        sources = [*_sources_under(root)]
+    if stages[0] != "download" and common.config is None and common.source not in SOURCES:
+        sources = [*sources_of(Store(root), common.source)]
     overrides = {**overrides, "max_reject_rate": common.max_reject_rate}
     configs = [load_config(name, common.config, overrides) for name in sources]
     reports: list[Report] = []
     for record in configs:
         for stage in stages:
-            report = run_stage(build_stage(stage, record), root, common)
+            report = run_stage(build_stage(stage, record, retry_failed), root, common, retry_failed)
             if report is not None:  # else a dry run: the stages after it have no input yet
                 reports.append(report)
     if len(reports) > 1:
@@ -239,7 +336,7 @@ def _run(stages: list[str], common: Common, overrides: dict[str, Any]) -> None:
         raise typer.Exit(1)
 
 
-def run_stage(stage: Stage, root: str, common: Common) -> Report | None:
+def run_stage(stage: Stage, root: str, common: Common, retry_failed: bool = False) -> Report | None:
     """Runs one stage of one source and prints its summary; None after a dry run.
 
     Raises:
@@ -253,7 +350,14 @@ def run_stage(stage: Stage, root: str, common: Common) -> Report | None:
     from pipeline.runner import run
 
     quota = None if common.quota is None else parse_size(common.quota)
-    choice = Choice(common.shards, common.stale, common.force)
+    choice = Choice(
+        shards=common.shards,
+        stale=common.stale,
+        force=common.force,
+        fraction=common.fraction,
+        limit=common.limit,
+        retry_failed=retry_failed,
+    )
     if common.dry_run:
         store = Store(root)
         print(preflight(stage, store, plan(stage, Catalog(store), choice), quota))
@@ -289,16 +393,3 @@ def parse_size(text: str) -> int:
     if not 0 <= value < float("inf"):
         raise SettingError(f"--quota {text}: write a size, e.g. 500GB or 7TB")
     return int(value * 10**power)
-
-
-def _sources_under(root: str) -> list[str]:
-    from pipeline.core.store import Store
-    from pipeline.sources import SOURCES
-
-    found = [name for name in Store(root).folders("") if name in SOURCES]
-    if not found:
-        raise SettingError(
-            f"--root {root}: no source has been downloaded there; "
-            "start with `pipeline run download --source openmoji`"
-        )
-    return found

@@ -5,20 +5,27 @@ from __future__ import annotations
 import os
 import pkgutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.core import layout
 from pipeline.core.commits import MAX_REJECT_RATE
 from pipeline.core.errors import SettingError, nearest
+from pipeline.core.rules import Rules
 from pipeline.sources import SOURCES
 from pipeline.stages import STAGES, Stage
 
+if TYPE_CHECKING:
+    from pipeline.stages.download import Source
+
 
 class CaptionConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    """What further keys there are is the captioner's to say: its Settings (docs/caption.md)."""
+
+    model_config = ConfigDict(extra="allow")
     captioner: str = "colour"
+    clean: list[str] | str = []  # steps of pipeline.stages.caption_text
 
 
 class EncodeConfig(BaseModel):
@@ -47,10 +54,12 @@ class DataConfig(BaseModel):
     """One file of yamls/data/."""
 
     model_config = ConfigDict(extra="forbid")
-    source: str
+    source: str  # its name: of its folder under the root, of its YAML, in reports
+    kind: str = ""  # what kind of source it is, where its name is not one of the table
     #: A shard with a larger share of rejects is not committed: an outage or a wrong setting.
     max_reject_rate: float = Field(default=MAX_REJECT_RATE, ge=0, le=1)
     download: dict[str, Any] = Field(default_factory=dict)  # the source's own settings
+    rules: dict[str, Any] = Field(default_factory=dict)  # what differs from the source's rules
     caption: CaptionConfig = CaptionConfig()
     encode: EncodeConfig = EncodeConfig()
 
@@ -59,14 +68,14 @@ def load_config(source: str | None, path: Path | None, overrides: dict[str, Any]
     """The source's YAML (yamls/data/<source>.yaml where it exists, or `path`), then `overrides`.
 
     Args:
-        source: a name of the table; None takes it from the file.
+        source: a name of the table, or of a YAML that says of which kind it is; None takes it from
+            the file.
         overrides: dotted key -> value; None values are flags that were not given.
 
     Raises:
-        SettingError: unknown source, unreadable file, unknown key or wrong type.
+        SettingError: unreadable file, unknown key or wrong type.
     """
     if path is None and source is not None:
-        known(source, SOURCES, "source")
         default = Path("yamls", "data", f"{source}.yaml")
         path = default if default.is_file() else None
     record: dict[str, Any] = {}
@@ -87,7 +96,12 @@ def load_config(source: str | None, path: Path | None, overrides: dict[str, Any]
         config = DataConfig.model_validate(record)
     except ValidationError as error:
         raise SettingError(one_line(error, DataConfig)) from error
-    known(config.source, SOURCES, "source")
+    if layout.slug(config.source) != config.source or config.source.startswith("."):
+        raise SettingError(
+            f"source={config.source}: a name is one folder: letters, digits, '.', '_', '+' and '-'"
+        )
+    if config.kind:
+        known(config.kind, SOURCES, "kind")
     return config
 
 
@@ -106,17 +120,38 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return record
 
 
-def source_settings(config: DataConfig):
-    """The source's own settings object, validated."""
-    cls = pkgutil.resolve_name(SOURCES[config.source])
+def source_settings(config: DataConfig) -> Source:
+    """The source's own settings object, validated.
+
+    Raises:
+        SettingError: no such kind of source, or a setting that it does not have or cannot use.
+    """
+    if not config.kind and config.source not in SOURCES:
+        raise SettingError(
+            f"source={config.source}: unknown{nearest(config.source, SOURCES)}; known: "
+            f"{', '.join(SOURCES)}; for a name of your own say which of them it is with --kind, or "
+            f"`kind:` in yamls/data/{config.source}.yaml"
+        )
+    cls = pkgutil.resolve_name(SOURCES[config.kind or config.source])
     try:
         return cls.model_validate(config.download)
     except ValidationError as error:
         raise SettingError(one_line(error, cls, f"source {config.source}: ")) from error
 
 
-def build_stage(name: str, config: DataConfig) -> Stage:
+def source_rules(config: DataConfig, source: Source) -> Rules:
+    """What pictures of this source have to meet: its defaults, then the config's."""
+    try:
+        return Rules.model_validate({**source.rules.model_dump(), **config.rules})
+    except ValidationError as error:
+        raise SettingError(one_line(error, Rules, "rules: ")) from error
+
+
+def build_stage(name: str, config: DataConfig, retry_failed: bool = False) -> Stage:
     """The stage of that name over a source's config.
+
+    Args:
+        retry_failed: see pipeline.stages.download.Download; other stages fetch nothing.
 
     Raises:
         SettingError: unknown stage, or a setting the stage cannot use.
@@ -124,9 +159,13 @@ def build_stage(name: str, config: DataConfig) -> Stage:
     known(name, STAGES, "stage")
     cls = pkgutil.resolve_name(STAGES[name])
     if name == "download":
-        return cls(config.source, source_settings(config), config.max_reject_rate)
+        settings = source_settings(config)
+        rules = source_rules(config, settings)
+        return cls(config.source, settings, config.max_reject_rate, rules, retry_failed)
     if name == "caption":
-        return cls(config.source, config.caption.captioner, config.max_reject_rate)
+        own = config.caption.model_extra
+        captioner, clean = config.caption.captioner, config.caption.clean
+        return cls(config.source, captioner, config.max_reject_rate, own, clean)
     from pipeline.stages.encode import EncodeSettings
 
     values = config.encode.model_dump()
@@ -157,6 +196,8 @@ def one_line(error: ValidationError, model: type[BaseModel], prefix: str = "") -
         return (
             f"{prefix}unknown key {name}{nearest(keys[-1], siblings)}; known: {', '.join(siblings)}"
         )
+    if first["type"] == "missing":
+        return f"{prefix}{name} is required"
     return f"{prefix}{name}={first.get('input')!r}: {first['msg']}"
 
 

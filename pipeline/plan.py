@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.core import failures
-from pipeline.core.catalog import Catalog
+from pipeline.core.catalog import Catalog, Head
 from pipeline.core.commits import differences
 from pipeline.core.errors import SettingError
+from pipeline.core.samples import FAILED
 from pipeline.core.store import Store, fingerprint, size
 from pipeline.stages import Job, Stage
 
@@ -22,17 +24,47 @@ class Choice:
     shards: str = ""  # "00000-00031,00100"; "" is all
     stale: bool = False  # also those made from other inputs
     force: bool = False  # all of them, made or not
+    fraction: float | None = None  # this share of the shards
+    limit: int | None = None  # the first shards, to about as many samples
+    retry_failed: bool = False  # also those with samples that failed to download
 
-    def matcher(self) -> Callable[[str], bool]:
-        """Whether a shard id is chosen.
+    def again(self) -> bool:
+        """Whether shards are made although they are there as they should be."""
+        return self.force or self.retry_failed
+
+    def matcher(self) -> Callable[[Job], bool]:
+        """Whether a job is chosen; to be asked of each, in order.
 
         Raises:
-            SettingError: not a list of ids and ranges.
+            SettingError: not a list of ids and ranges, a fraction not in (0, 1], a limit below 1.
         """
-        if not self.shards:
-            return lambda shard: True
-        ranges = [_range(part.strip(), self.shards) for part in self.shards.split(",")]
-        return lambda shard: any(low <= _order(shard) <= high for low, high in ranges)
+        tests: list[Callable[[Job], bool]] = []
+        if self.shards:
+            ranges = [_range(part.strip(), self.shards) for part in self.shards.split(",")]
+            tests.append(lambda job: any(a <= _order(job.shard.id) <= b for a, b in ranges))
+        if self.fraction is not None:
+            if not 0 < self.fraction <= 1:
+                raise SettingError(f"--fraction {self.fraction}: write a share, e.g. 0.01")
+            share = self.fraction
+            # By the id alone: the shards of 0.01 are among those of 0.1.
+            tests.append(lambda job: _place(job.shard.id) < share)
+        if self.limit is not None:
+            if self.limit < 1:
+                raise SettingError(f"--limit {self.limit}: at least 1")
+            tests.append(_Limit(self.limit))
+        return lambda job: all(test(job) for test in tests)
+
+
+class _Limit:
+    """Takes jobs until those before hold enough samples."""
+
+    def __init__(self, limit: int) -> None:
+        self.left = limit
+
+    def __call__(self, job: Job) -> bool:
+        chosen = self.left > 0
+        self.left -= job.samples
+        return chosen
 
 
 @dataclass
@@ -97,9 +129,10 @@ def plan(stage: Stage, catalog: Catalog, choice: Choice = Choice()) -> Plan:
                 outdated.setdefault(group, {})[job.shard.id] = inputs
             else:
                 found.done += 1
-            if head is None or choice.force or (is_stale and choice.stale):
+            again = choice.retry_failed and not is_stale and _failed(head)
+            if head is None or choice.force or (is_stale and choice.stale) or again:
                 wanted.append(group)
-        if not chosen(job.shard.id):
+        if not chosen(job):
             continue
         matched += 1
         if wanted:
@@ -112,6 +145,11 @@ def plan(stage: Stage, catalog: Catalog, choice: Choice = Choice()) -> Plan:
         raise SettingError(
             f"--shards {choice.shards}: none of the {total} input shards of {stage.source} has "
             "such a name"
+        )
+    if choice.fraction is not None and total and not matched:
+        raise SettingError(
+            f"--fraction {choice.fraction}: none of the {total} input shards of {stage.source} "
+            "falls into it; take a larger one, or --limit"
         )
     for group, shards in outdated.items():
         result.groups[group].stale = _explain(catalog, group, shards)
@@ -159,6 +197,16 @@ def summarise(catalog: Catalog, group: str) -> GroupPlan:
         found.rejects.update(dict(head.rejects))
         found.bytes += head.bytes
     return found
+
+
+def _failed(head: Head | None) -> bool:
+    """Whether samples of the shard failed to download."""
+    return head is not None and any(reason == FAILED for reason, _ in head.rejects)
+
+
+def _place(shard: str) -> float:
+    """A shard's place in [0, 1), by its id."""
+    return int.from_bytes(hashlib.sha256(f"fraction:{shard}".encode()).digest()[:8], "big") / 2**64
 
 
 def _need(stage: Stage, job: Job, group: str, found: GroupPlan) -> int:

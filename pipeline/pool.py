@@ -32,7 +32,7 @@ LOOK_EVERY_S = 30.0  # for workers that the cluster has room for by now
 class Options:
     """How to run, none of which decides a byte."""
 
-    workers: int | None = None  # default: every CPU (or GPU, for a stage that needs them)
+    workers: int | None = None  # default: the stage's own, or every CPU (or GPU, if it needs them)
     address: str | None = None  # a running Ray cluster; None starts a private one
     choice: Choice = field(default_factory=Choice)
     join: bool = False  # work beside another run of the same groups
@@ -77,7 +77,7 @@ class Pool:
             max_restarts=0,
             max_concurrency=needs.in_hand,
         )(_Worker)
-        self._new = lambda: actor.remote(stage, store.root, options.choice.force)
+        self._new = lambda: actor.remote(stage, store.root, options.choice.again())
         self._local = store.local
         self._opening: dict[Any, Any] = {}  # reference -> worker that loads its weights
         self._idle: list[Any] = []  # a worker for each shard more that it can take
@@ -143,7 +143,8 @@ class Pool:
                     "of a cluster that has some"
                 )
         here = len(self._workers()) + len(self._opening)
-        for _ in range(min(self.options.workers or max(1, int(room)), self.report.total) - here):
+        wanted = self.options.workers or self._needs.workers or max(1, int(room))
+        for _ in range(min(wanted, self.report.total) - here):
             self._open()
 
     def _open(self) -> None:
@@ -236,8 +237,8 @@ class Pool:
 class _Worker:
     """An actor: opens the stage once, then makes shards."""
 
-    def __init__(self, stage: Stage, root: str, force: bool) -> None:
-        self.stage, self.root, self.force = stage, root, force
+    def __init__(self, stage: Stage, root: str, again: bool) -> None:
+        self.stage, self.root, self.again = stage, root, again
 
     def open(self) -> None:
         from ray.util.metrics import Counter as Metric
@@ -252,7 +253,7 @@ class _Worker:
             metric.set_default_tags(tags)
 
     def run(self, job: Job) -> Made:
-        wanted = job if self.force else self._left(job)
+        wanted = job if self.again else self._left(job)
         if not wanted.groups:
             return Made({}, False, Counter())
         commits = self.work(wanted)

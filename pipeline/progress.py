@@ -145,6 +145,12 @@ def summarise(report: Report) -> None:
     if total := sum(spent.values()):
         shares = ", ".join(f"{name} {count / total:.0%}" for name, count in spent.items())
         print(f"  workers' time: {shares}")
+    if report.counters["captions"]:
+        from pipeline.stages.caption_text import facts
+
+        print(f"  {facts(report.counters, report.seconds)}")
+    if report.page:
+        print(f"  pictures with what was made of them: {report.page}")
     for group, found in report.groups.items() if len(report.groups) > 1 else ():
         if found["samples"]:
             print(f"  {group}: {found['bytes'] / found['samples']:,.0f} bytes a sample")
@@ -178,6 +184,21 @@ def table(reports: list[Report]) -> None:
             duration(report.seconds),
         )
     console().print(rows)
+    reasons = sorted({reason for report in reports for reason in report.rejects})
+    if reasons:
+        console().print(_rejects(reports, reasons))
+
+
+def _rejects(reports: list[Report], reasons: list[str]) -> Table:
+    """Why samples were left out: a row a run, a column a reason."""
+    rows = Table("source", "stage", *reasons, title="rejects")
+    for column in rows.columns[2:]:
+        column.justify = "right"
+    for report in reports:
+        if report.rejects:
+            counts = (str(report.rejects[reason] or "") for reason in reasons)
+            rows.add_row(report.source, report.stage, *counts)
+    return rows
 
 
 def console() -> Console:

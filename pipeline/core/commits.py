@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.core import summary
 from pipeline.core.errors import BrokenShard, SettingError, TooManyRejects
 from pipeline.core.samples import InputShard, Reject
+from pipeline.core.spool import Spool
 from pipeline.core.store import Store, fingerprint, sha256
 
 SCHEMA = 1
@@ -111,7 +112,7 @@ def write_shard(
     group: str,
     shard: InputShard,
     inputs: dict[str, Any],
-    files: dict[str, bytes],
+    files: Mapping[str, bytes | Spool],
     keys: list[str],
     rejects: list[Reject],
     index: dict[str, Any] | None = None,
@@ -128,14 +129,16 @@ def write_shard(
     reasons = check_rejects(rejects, len(keys), max_reject_rate)
     if rejects:
         files = {**files, f"rejects/{shard.id}-{fingerprint(inputs)}.parquet": _table(rejects)}
+    described = {name: _described(data) for name, data in files.items()}
     for name, data in files.items():
-        store.write(f"{group}/{name}", data)
+        path = f"{group}/{name}"
+        store.write(path, data) if isinstance(data, bytes) else store.place(data.path, path)
     commit = Commit(
         shard=shard.id,
         split=shard.split,
         fingerprint=fingerprint(inputs),
         inputs=inputs,
-        files={name: {"bytes": len(d), "sha256": sha256(d)} for name, d in files.items()},
+        files=described,
         samples=len(keys),
         keys_sha256=keys_hash(keys),
         rejects=reasons,
@@ -171,17 +174,24 @@ def keys_hash(keys: list[str]) -> str:
     return sha256("\n".join(keys).encode())
 
 
-def plain_stem(store: Store, group: str, shard: str, files: dict[str, bytes]) -> str:
+def _described(data: bytes | Spool) -> dict[str, Any]:
+    """What a commit says of a data file."""
+    if isinstance(data, Spool):
+        return {"bytes": data.bytes, "sha256": data.sha256()}
+    return {"bytes": len(data), "sha256": sha256(data)}
+
+
+def plain_stem(store: Store, group: str, shard: str, files: Mapping[str, bytes | Spool]) -> str:
     """The stem of data files that other tools find by img2dataset's names: "00000".
 
     Those names are free for the first generation of a shard. A later one whose bytes differ gets a
     name of its own, so that no committed file is ever overwritten.
 
     Args:
-        files: ending -> bytes, e.g. {".tar": ...}.
+        files: ending -> what it will hold, e.g. {".tar": ...}.
     """
     commit = read_commit(store, group, shard)
-    hashes = {ending: sha256(data) for ending, data in files.items()}
+    hashes = {ending: _described(data)["sha256"] for ending, data in files.items()}
     named = {} if commit is None else commit.files
     same = all(named.get(shard + e, {}).get("sha256") == hashes[e] for e in hashes)
     return shard if commit is None or same else f"{shard}-{fingerprint(hashes)}"

@@ -5,17 +5,21 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import re
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_PIXELS = 120_000_000  # larger headers are refused before a pixel is decoded
+#: Scans of a progressive JPEG; usual are 10. Each costs a pass over all pixels, and 100 bytes are
+#: enough for one: without a limit 400 KB take minutes.
+MAX_SCANS = 100
 
 #: What Pillow may try on bytes from anywhere: never those that run a program (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
@@ -32,14 +36,33 @@ class BadPicture(Exception):
         self.reason = reason
 
 
-def shorter_side(data: bytes) -> int:
-    """The shorter side in pixels, from the header alone: no pixel is decoded.
+class Header(NamedTuple):
+    """What the first bytes of a picture say; no pixel is decoded."""
+
+    format: str  # Pillow's name, e.g. "JPEG"
+    width: int  # upright, pixels
+    height: int
+    animated: bool
+
+    @property
+    def shorter(self) -> int:
+        return min(self.width, self.height)
+
+
+def read_header(data: bytes) -> Header:
+    """Format and size.
 
     Raises:
         BadPicture: "undecodable" or "too-large".
     """
     with _judged():
-        return min(_open(data).size)
+        image = _open(data)
+        width, height = image.size
+        if _orientation(image) in _LYING:
+            width, height = height, width
+        # Their headers tell; a GIF would be read to its end.
+        animated = image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False)
+        return Header(image.format or "", width, height, animated)
 
 
 def read_pixels(data: bytes) -> np.ndarray:
@@ -115,7 +138,7 @@ def fit(
     if shorter < resolution and wide * high > MAX_PIXELS:
         raise BadPicture("too-large", f"{width}x{height} enlarged to {wide}x{high} pixels")
     if shorter != resolution:
-        pixels = _resize(pixels, high, wide)
+        pixels = resize(pixels, high, wide)
     top, left = (_offset(side - resolution, crop, seed, key) for side in (high, wide))
     return pixels[top : top + resolution, left : left + resolution].copy()
 
@@ -129,8 +152,8 @@ def _array(picture: np.ndarray | Image.Image) -> np.ndarray:
     return np.require(picture, requirements=["C", "W"])
 
 
-def _resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) uint8 to (height, width, 3).
+def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) uint8 to (height, width, 3), bicubic with antialiasing.
 
     torch has Pillow's filter in SIMD for uint8 in channels_last, which is how an (H, W, 3) array
     lies in memory. It tells by the batch's stride as well, so the batch is added before the
@@ -174,6 +197,8 @@ def _jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
     """(H, W, 3) uint8 of an RGB or grey JPEG, or None: Pillow has to decide."""
     if image.format not in ("JPEG", "MPO"):
         return None
+    if data.count(b"\xff\xda") > MAX_SCANS and (scans := _scans(data)) > MAX_SCANS:
+        raise BadPicture("too-large", f"{scans} scans")
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         if (width, height) != image.size or space not in ("YCbCr", "RGB", "Gray"):
@@ -185,6 +210,21 @@ def _jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
         if "premature end of data segment" in str(error):
             raise BadPicture("undecodable", f"truncated: {error}") from error
         return None
+
+
+def _scans(data: bytes) -> int:
+    """How many scans a JPEG has up to its end: a phone's film may lie behind it."""
+    at, scans = 2, 0
+    while found := _MARKER.search(data, at):
+        marker, at = found[0][1], found.end()
+        if marker == 0xD9:
+            break
+        scans += marker == 0xDA
+        at += int.from_bytes(data[at : at + 2], "big")  # the segment's length
+    return scans
+
+
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")  # those inside a scan, and without length, out
 
 
 def _pillow(image: Image.Image) -> np.ndarray:
@@ -221,6 +261,7 @@ _UPRIGHT: dict[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LYING = (5, 6, 7, 8)  # of them, those that swap width and height
 
 
 @contextmanager
@@ -231,6 +272,8 @@ def _judged() -> Iterator[None]:
             yield
     except (BadPicture, MemoryError):  # the latter is the machine's fault: sizes are bounded
         raise
+    except UnidentifiedImageError as error:  # its text holds an address in memory
+        raise BadPicture("undecodable", "cannot identify its format") from error
     except Image.DecompressionBombError as error:
         raise BadPicture("too-large", str(error)) from error
     except Exception as error:  # Pillow's decoders raise whatever their C libraries make of a file

@@ -5,6 +5,7 @@
     <root>/<source>/latents/<vae>/<resolution>[.<kind>]/          MDS column group
     <root>/<source>/text/<encoder>/<captions>.<mode>[.int8]/      MDS column group
     <root>/<source>/official/<name>/                        the official code's single MDS
+    <root>/<source>/lists/                                  what a source keeps of its lists
 
 Every group holds index.json (MDS groups), manifest.json, data files, commits/, rejects/.
 """
@@ -20,6 +21,11 @@ KINDS = ("images", "captions", "latents", "text", "official")  # of groups; fold
 
 def images_group(source: str) -> str:
     return f"{source}/images"
+
+
+def lists_folder(source: str) -> str:
+    """No group: files named by their content, which a source's shards refer to."""
+    return f"{source}/lists"
 
 
 def captions_group(source: str, captioner: str) -> str:

@@ -1,4 +1,4 @@
-"""The data flow as types: InputShard -> ImageRef -> ImageSample -> latents, or a Reject."""
+"""The data flow as types: InputShard -> RawImage -> ImageSample -> latents, or a Reject."""
 
 from __future__ import annotations
 
@@ -22,9 +22,18 @@ class InputShard:
 class ImageRef:
     """One picture before its bytes are fetched."""
 
-    key: str  # unique in the source; 5 digits of shard + 4 of index (img2dataset's convention)
+    key: str  # unique in the source; see sample_key
     url: str
-    caption: str
+    caption: str  # the one that trains; "" where a captioner is to write it
+    references: tuple[str, ...] = ()  # every caption, where a source keeps them (evaluation)
+
+
+@dataclass(frozen=True)
+class RawImage:
+    """One picture's encoded bytes as they came, in whatever format; see pipeline.core.rules."""
+
+    ref: ImageRef
+    data: bytes
 
 
 @dataclass(frozen=True)
@@ -34,9 +43,9 @@ class ImageSample:
     ref: ImageRef
     data: bytes
     extension: str  # "png", "jpg", "webp"
-    width: int  # stored size, pixels
+    width: int  # stored size, pixels, upright
     height: int
-    original_width: int
+    original_width: int  # as it came, upright
     original_height: int
 
 
@@ -48,3 +57,21 @@ class Reject:
     stage: str
     reason: str  # a short class of causes, e.g. "undecodable"; summaries group by it
     detail: str  # what exactly happened
+
+
+FAILED = "failed_to_download"  # the reason of rejects that `--retry-failed` tries again
+
+
+def sample_key(shard: str, index: int, digits: int = 4) -> str:
+    """img2dataset's key: "00017" and 42 are "000170042".
+
+    Args:
+        digits: of the index, the same for every shard of a source; 5 where one may hold more than
+            10,000 samples.
+
+    Raises:
+        ValueError: the index has more digits: keys would no longer sort, nor be unique.
+    """
+    if index >= 10**digits:
+        raise ValueError(f"shard {shard}: sample {index} does not fit into {digits} digits")
+    return f"{shard}{index:0{digits}d}"

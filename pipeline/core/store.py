@@ -53,14 +53,14 @@ class Store:
         return f"{self.root}/{path}" if path else self.root
 
     def exists(self, path: str) -> bool:
-        with self._explained(path, "read"):
+        with self.explained(path, "read"):
             if self._fs is None:
                 return _stat(self.url(path)) is not None
             return self._fs.exists(self.url(path))
 
     def entries(self, folder: str) -> list[Entry]:
         """The files in a folder, by name; empty where there is no such folder."""
-        with self._explained(folder, "read"):
+        with self.explained(folder, "read"):
             try:
                 if self._fs is None:
                     found = [
@@ -79,7 +79,7 @@ class Store:
     def names(self, folder: str) -> list[str]:
         """Names of the files in a folder, sorted; empty where there is no such folder."""
         if self._fs is None:  # without asking for the size of each: thousands of commits
-            with self._explained(folder, "read"):
+            with self.explained(folder, "read"):
                 try:
                     found = [e.name for e in os.scandir(self.url(folder)) if e.is_file()]
                 except _ABSENT:
@@ -89,7 +89,7 @@ class Store:
 
     def folders(self, folder: str) -> list[str]:
         """Names of the folders in a folder, sorted."""
-        with self._explained(folder, "read"):
+        with self.explained(folder, "read"):
             try:
                 if self._fs is None:
                     return sorted(e.name for e in os.scandir(self.url(folder)) if e.is_dir())
@@ -103,7 +103,7 @@ class Store:
 
     def walk(self, folder: str) -> Iterator[Entry]:
         """Every file below a folder, temporary ones included."""
-        with self._explained(folder, "read"):
+        with self.explained(folder, "read"):
             if self._fs is None:
                 for path in sorted(_files(self.url(folder))):
                     if stat := _stat(path):
@@ -118,7 +118,7 @@ class Store:
         yield from sorted(self._entry(row) for row in rows.values() if remote.is_file(row))
 
     def read(self, path: str) -> bytes:
-        with self._explained(path, "read"):
+        with self.explained(path, "read"):
             if self._fs is None:
                 return Path(self.url(path)).read_bytes()
             return self._fs.cat_file(self.url(path), **self._reading)
@@ -132,14 +132,14 @@ class Store:
                 yield from map(self._read_if_there, some)
                 continue
             urls = [self.url(path) for path in some]
-            with self._explained(some[0], "read"):
+            with self.explained(some[0], "read"):
                 found = self._fs.cat(urls, on_error="return", **self._reading)
             for path, url in zip(some, urls, strict=True):
                 data = found[self._fs._strip_protocol(url)]
                 if isinstance(data, Exception) and (
                     not isinstance(data, _ABSENT) or remote.is_missing_bucket(data)
                 ):
-                    with self._explained(path, "read"):
+                    with self.explained(path, "read"):
                         raise data
                 yield None if isinstance(data, Exception) else data
 
@@ -151,16 +151,28 @@ class Store:
 
     def write(self, path: str, data: bytes) -> None:
         """The file appears whole, under its final name, or not at all."""
-        with self._explained(path, "write", len(data)):
+        with self.explained(path, "write", len(data)):
             if self._fs is not None:
                 self._fs.pipe_file(self.url(path), data)
                 return
             with _appearing(Path(self.url(path))) as file:
                 file.write(data)
 
+    def place(self, source: Path, path: str) -> None:
+        """A finished file of pipeline.core.spool gets its final name."""
+        if self._fs is not None:
+            self.upload(source, path)
+            return
+        with self.explained(path, "write"):
+            target = Path(self.url(path))
+            with open(source, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(source, target)
+            _sync_folder(target.parent)
+
     def upload(self, source: Path, path: str) -> None:
         """A copy of a local file of any size appears whole, under its final name, or not at all."""
-        with self._explained(path, "write", source.stat().st_size if source.exists() else 0):
+        with self.explained(path, "write", source.stat().st_size if source.exists() else 0):
             if self._fs is not None:
                 self._fs.put_file(str(source), self.url(path))
                 return
@@ -169,7 +181,7 @@ class Store:
 
     def download(self, path: str, target: Path) -> None:
         """A file of any size appears whole under a local name, or not at all."""
-        with self._explained(path, "read"), _appearing(target) as file:
+        with self.explained(path, "read"), _appearing(target) as file:
             if self._fs is None:
                 with open(self.url(path), "rb") as data:
                     shutil.copyfileobj(data, file, _BLOCK)
@@ -181,7 +193,7 @@ class Store:
 
     def delete(self, path: str) -> None:
         """Deletes a file; nothing happens where there is none."""
-        with self._explained(path, "write"), contextlib.suppress(FileNotFoundError):
+        with self.explained(path, "write"), contextlib.suppress(FileNotFoundError):
             if self._fs is None:
                 os.unlink(self.url(path))
             else:
@@ -211,7 +223,7 @@ class Store:
         if self._fs is not None:
             return 0  # an object store shows no half-written object
         removed = 0
-        with self._explained(folder, "write"):
+        with self.explained(folder, "write"):
             for path in Path(self.url(folder)).glob(f".*{TEMPORARY}*"):
                 who = path.name.split(TEMPORARY)[1].rpartition("-")[0]
                 if process.is_dead(who) or (alone and not process.is_here(who)):
@@ -223,7 +235,7 @@ class Store:
         """What the file system, or the quota it reports, leaves; None on an object store."""
         if self._fs is not None:
             return None
-        with self._explained("", "read"):
+        with self.explained("", "read"):
             folder = Path(self.root)
             while not folder.exists():
                 folder = folder.parent
@@ -236,7 +248,8 @@ class Store:
         return Entry(path.strip("/").removeprefix(root).lstrip("/"), row["size"], version)
 
     @contextlib.contextmanager
-    def _explained(self, path: str, verb: str, need: int = 0) -> Iterator[None]:
+    def explained(self, path: str, verb: str, need: int = 0) -> Iterator[None]:
+        """What the file system or the store raises inside becomes a StorageError with a remedy."""
         try:
             yield
         except _ABSENT as error:

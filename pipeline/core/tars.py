@@ -1,22 +1,21 @@
-"""WebDataset tars as values: the same members always give the same bytes (no times, no owners)."""
+"""WebDataset tars: the same members always give the same bytes (no times, no owners)."""
 
 from __future__ import annotations
 
 import io
 import tarfile
 from collections.abc import Iterable, Iterator
+from typing import IO
 
 
-def write_tar(members: Iterable[tuple[str, bytes]]) -> bytes:
-    """(name, data) pairs to tar bytes, USTAR, every time stamp 0."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+def write_tar(file: IO[bytes], members: Iterable[tuple[str, bytes]]) -> None:
+    """(name, data) pairs as a tar, USTAR, every time stamp 0; one member at a time in memory."""
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             info.mode = 0o644
             tar.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
 
 
 def read_samples(data: bytes) -> Iterator[tuple[str, dict[str, bytes]]]:

@@ -27,7 +27,7 @@ def unfinished(store: Store, folder: str) -> list[Upload]:
 def abort(store: Store, upload: Upload) -> None:
     """Frees the parts that were sent; nothing happens where it is gone."""
     bucket, prefix = _place(store, upload.path)
-    with store._explained(upload.path, "write"):
+    with store.explained(upload.path, "write"):
         store._fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=prefix, UploadId=upload.id)
 
 
@@ -36,7 +36,7 @@ def _listed(store: Store, folder: str) -> Iterator[Upload]:
     _, root = _place(store, "")
     marker: dict[str, str] = {}
     while True:
-        with store._explained(folder, "read"):
+        with store.explained(folder, "read"):
             found = store._fs.call_s3(
                 "list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/", **marker
             )

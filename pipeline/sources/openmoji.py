@@ -14,12 +14,13 @@ import hashlib
 from collections.abc import Iterator
 from importlib.resources import files
 from itertools import product
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.core.errors import SettingError, nearest
-from pipeline.core.samples import ImageRef, ImageSample, InputShard, Reject
+from pipeline.core.rules import Rules
+from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
 
 #: Background name -> RGB. Light enough that OpenMoji's black outlines stay visible on all of them.
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
@@ -58,6 +59,8 @@ class OpenMoji(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    rules: ClassVar[Rules] = Rules(image_size=None, min_image_size=0)  # `size` decides alone
+
     glyphs: str = "starter"  # "starter" (64), "all" (about 3,950), or names separated by ";"
     backgrounds: str = ",".join(BACKGROUNDS)
     size: Annotated[int, Field(ge=8, le=4096)] = 128  # side of the rendered picture, pixels
@@ -74,16 +77,21 @@ class OpenMoji(BaseModel):
                 shards.append(InputShard(f"{len(shards):05d}", split, spec))
         return shards
 
-    def fetch(self, shard: InputShard) -> Iterator[ImageSample | Reject]:
+    def fetch(
+        self, shard: InputShard, only: frozenset[str] | None = None
+    ) -> Iterator[RawImage | Reject]:
         """The shard's pictures, in order: PNG bytes of `size` x `size`, RGB."""
         for index, (glyph, background) in enumerate(shard.spec):
+            key = sample_key(shard.id, index)
+            if only is not None and key not in only:
+                continue
             ref = ImageRef(
-                key=f"{shard.id}{index:04d}",
+                key=key,
                 url=f"openmoji:{codes()[glyph]}?background={background}",
                 caption=caption(glyph, background),
             )
             png = render(glyph, self.size, BACKGROUNDS[background])
-            yield ImageSample(ref, png, "png", self.size, self.size, self.size, self.size)
+            yield RawImage(ref, png)
 
     def decisive(self) -> dict[str, int]:
         """A shard's spec names its pictures; only their size is left to say."""
@@ -92,6 +100,9 @@ class OpenMoji(BaseModel):
     def estimate(self, shard: InputShard) -> int:
         # A PNG takes 0.4 bytes a pixel at 64 px and 0.15 at 512; a tar member pads to 512 twice.
         return len(shard.spec) * (self.size * self.size * 2 // 5 + 3072)
+
+    def samples(self, shard: InputShard) -> int:
+        return len(shard.spec)
 
     def _glyph_names(self) -> list[str]:
         if self.glyphs == "starter":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any, cast
 
 import pyarrow as pa
 
@@ -20,7 +21,8 @@ from pipeline.core.commits import (
     write_shard,
 )
 from pipeline.core.errors import BrokenShard
-from pipeline.core.samples import ImageRef, ImageSample, InputShard, Reject
+from pipeline.core.samples import FAILED, ImageRef, ImageSample, InputShard, Reject
+from pipeline.core.spool import spool
 from pipeline.core.store import Store, sha256
 from pipeline.core.tables import from_parquet, to_parquet
 from pipeline.core.tars import read_samples, write_tar
@@ -42,67 +44,89 @@ def write_images(
     group: str,
     shard: InputShard,
     inputs: dict[str, Any],
-    samples: list[ImageSample],
-    rejects: list[Reject],
+    items: Iterable[ImageSample | Reject],
     started: float,
     max_reject_rate: float = MAX_REJECT_RATE,
 ) -> Commit:
     """NNNNN.tar (key.png, key.txt, key.json), NNNNN.parquet, NNNNN_stats.json, then the commit.
 
-    The stats file holds times, so no commit names it and nothing depends on it.
+    One picture at a time is in memory. The stats file holds times, so no commit names it and
+    nothing depends on it.
     """
-    members, rows = [], []
-    for sample in samples:
-        row = {
-            "url": sample.ref.url,
-            "caption": sample.ref.caption,
-            "key": sample.ref.key,
-            "status": "success",
-            "error_message": None,
-            "width": sample.width,
-            "height": sample.height,
-            "original_width": sample.original_width,
-            "original_height": sample.original_height,
-            "exif": None,
-            "sha256": sha256(sample.data),
-            "split": shard.split,
-        }
-        rows.append(row)
-        members += [
-            (f"{sample.ref.key}.{sample.extension}", sample.data),
-            (f"{sample.ref.key}.txt", sample.ref.caption.encode()),
-            (f"{sample.ref.key}.json", json.dumps(row, sort_keys=True).encode()),
-        ]
-    for reject in rejects:
-        rows.append({"key": reject.key, "status": reject.reason, "error_message": reject.detail})
-    rows.sort(key=lambda row: row["key"])
+    rows: list[dict[str, Any]] = []
+    keys: list[str] = []
+    rejects: list[Reject] = []
+
+    def members() -> Iterator[tuple[str, bytes]]:
+        for item in items:
+            if isinstance(item, Reject):
+                rejects.append(item)
+                row = {"key": item.key, "status": item.reason, "error_message": item.detail}
+                rows.append(row)
+                continue
+            row = _row(item, shard.split)
+            rows.append(row)
+            keys.append(item.ref.key)
+            yield f"{item.ref.key}.{item.extension}", item.data
+            yield f"{item.ref.key}.txt", item.ref.caption.encode()
+            yield f"{item.ref.key}.json", json.dumps(row, sort_keys=True).encode()
+
+    with spool(store, group) as tar:
+        write_tar(cast(IO[bytes], tar), members())
+        tar.close()
+        rows.sort(key=lambda row: row["key"])
+        table = pa.Table.from_pylist(rows, schema=_SCHEMA)
+        files = {".tar": tar, ".parquet": to_parquet(table)}
+        stem = plain_stem(store, group, shard.id, files)
+        # Before the commit, or a run that dies between the two never writes the stats.
+        check_rejects(rejects, len(keys), max_reject_rate)
+        store.write_json(f"{group}/{stem}_stats.json", _stats(len(keys), rejects, started))
+        return write_shard(
+            store,
+            group,
+            shard,
+            inputs,
+            files={stem + ending: data for ending, data in files.items()},
+            keys=keys,
+            rejects=rejects,
+            max_reject_rate=max_reject_rate,
+        )
+
+
+def _row(sample: ImageSample, split: str) -> dict[str, Any]:
+    row = {
+        "url": sample.ref.url,
+        "caption": sample.ref.caption,
+        "key": sample.ref.key,
+        "status": "success",
+        "error_message": None,
+        "width": sample.width,
+        "height": sample.height,
+        "original_width": sample.original_width,
+        "original_height": sample.original_height,
+        "exif": None,
+        "sha256": sha256(sample.data),
+        "split": split,
+    }
+    if sample.ref.references:
+        row["references"] = list(sample.ref.references)
+    return row
+
+
+def _stats(successes: int, rejects: list[Reject], started: float) -> dict[str, Any]:
+    """img2dataset's: by its words, what came but was not kept failed to resize."""
     ended = time.time()
-    stats = {
-        "count": len(rows),
-        "successes": len(samples),
-        "failed_to_download": sum(r.reason == "failed_to_download" for r in rejects),
-        "failed_to_resize": sum(r.reason != "failed_to_download" for r in rejects),
+    failed = sum(reject.reason == FAILED for reject in rejects)
+    return {
+        "count": successes + len(rejects),
+        "successes": successes,
+        "failed_to_download": failed,
+        "failed_to_resize": len(rejects) - failed,
         "duration": ended - started,
         "start_time": started,
         "end_time": ended,
-        "status_dict": {"success": len(samples), **_counts(rejects)},
+        "status_dict": {"success": successes, **Counter(reject.reason for reject in rejects)},
     }
-    table = pa.Table.from_pylist(rows, schema=_SCHEMA)
-    files = {".tar": write_tar(members), ".parquet": to_parquet(table)}
-    stem = plain_stem(store, group, shard.id, files)
-    # Before the commit, or a run that dies between the two never writes it.
-    check_rejects(rejects, len(samples), max_reject_rate)
-    store.write_json(f"{group}/{stem}_stats.json", stats)
-    return write_shard(
-        store,
-        group,
-        shard,
-        inputs,
-        files={stem + ending: data for ending, data in files.items()},
-        keys=[sample.ref.key for sample in samples],
-        rejects=rejects,
-        max_reject_rate=max_reject_rate,
-    )
 
 
 def images_commit(store: Store, group: str, shard: str, content: str) -> Commit:
@@ -152,26 +176,20 @@ _SCHEMA = pa.schema(
         ("exif", pa.string()),
         ("sha256", pa.string()),
         ("split", pa.string()),
+        ("references", pa.list_(pa.string())),
     ]
 )
 
 
-def _counts(rejects: list[Reject]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for reject in rejects:
-        counts[reject.reason] = counts.get(reject.reason, 0) + 1
-    return counts
-
-
 def stored_samples(store: Store, group: str, commit: Commit) -> Iterator[ImageSample | Reject]:
-    """A committed shard as it was fetched: its pictures in the tar's order, then its rejects."""
+    """A committed shard as it was made: its pictures in the tar's order, then its rejects."""
     table = from_parquet(read_file(store, group, commit, ".parquet"))
     rows = {row["key"]: row for row in table.to_pylist()}
     for key, fields in read_samples(read_file(store, group, commit, ".tar")):
         row = rows.pop(key)
         extension = next(e for e in IMAGE_EXTENSIONS if e in fields)
         sizes = (row[n] for n in ("width", "height", "original_width", "original_height"))
-        ref = ImageRef(key, row["url"], row["caption"])
+        ref = ImageRef(key, row["url"], row["caption"], tuple(row.get("references") or ()))
         yield ImageSample(ref, fields[extension], extension, *sizes)
     for key, row in rows.items():
         yield Reject(key, commit.inputs["stage"], row["status"], row["error_message"])

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.core.images import BadPicture, Crop, Small, fit, read_pixels, shorter_side
+from pipeline.core.images import BadPicture, Crop, Small, fit, read_header, read_pixels
 from pipeline.core.latents import posterior_sample
 from pipeline.core.samples import Reject
 from pipeline.stages.images import StoredImage
@@ -129,7 +129,7 @@ class LatentMaker:
     def _prepare(self, image: StoredImage, recipes: list[Recipe]) -> list[np.ndarray | BadPicture]:
         try:
             with self.watch("decode"):
-                shorter = shorter_side(image.data)
+                shorter = read_header(image.data).shorter
                 if all(r.small == "reject" and shorter < r.resolution for r in recipes):
                     # Told from the header, before a pixel is decoded.
                     return [_too_small(shorter, recipe) for recipe in recipes]

@@ -50,7 +50,7 @@ def _busy(root: Path) -> Row:
     for number in range(shards):
         pictures = [_sample(f"{number:05d}{i:04d}", picture, 160, 160) for i in range(each)]
         shard = InputShard(f"{number:05d}", "train")
-        write_images(store, "openmoji/images", shard, {}, pictures, [], 0.0)
+        write_images(store, "openmoji/images", shard, {}, pictures, 0.0)
     settings = EncodeSettings(
         "tiny4", "tiny-clip", (128,), text="trimmed", captions="alt", batch_size=BATCH
     )
@@ -106,7 +106,7 @@ def _against_official(root: Path) -> Iterator[Row]:
             _sample(f"{number:05d}{i:04d}", data[i % len(data)], 2250, 1500, texts[i]) for i in part
         ]
         shard = InputShard(f"{number:05d}", "train")
-        write_images(store, "openmoji/images", shard, {}, pictures, [], 0.0)
+        write_images(store, "openmoji/images", shard, {}, pictures, 0.0)
     for resolutions in ((64, 128), (128, 256)):
         settings = EncodeSettings(
             "tiny4", "tiny-clip", resolutions, text="full", captions="alt", batch_size=BATCH

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.catalog import Catalog
 from pipeline.core.groups import publish
+from pipeline.core.rules import keep
+from pipeline.core.samples import ImageSample
 from pipeline.core.store import Store
+from pipeline.core.tars import write_tar
 from pipeline.plan import Choice, plan
 from pipeline.runner import remove_leftovers as _remove_leftovers
 from pipeline.sources.openmoji import OpenMoji
 from pipeline.stages import Stage
 
 SETTINGS = OpenMoji(glyphs="avocado;rocket;red heart", backgrounds="blue,red", size=64)
+
+
+def pictures(source: OpenMoji = SETTINGS, number: int = 0) -> list[ImageSample]:
+    """What the download stage stores of a shard."""
+    found = [keep(item, source.rules) for item in source.fetch(source.shards()[number])]  # pyright: ignore
+    return [item for item in found if isinstance(item, ImageSample)]
+
+
+def tar_of(members: Iterable[tuple[str, bytes]]) -> bytes:
+    file = io.BytesIO()
+    write_tar(file, members)
+    return file.getvalue()
 
 
 def run_here(stage: Stage, store: Store, choice: Choice | None = None) -> int:

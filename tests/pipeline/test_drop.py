@@ -24,7 +24,7 @@ from pipeline.stages.caption import CaptionStage
 from pipeline.stages.download import Download
 from pipeline.stages.encode import Encode, EncodeSettings
 from pipeline.verify import select, verify
-from tests.pipeline.roots import SETTINGS, mds_rows, run_here
+from tests.pipeline.roots import SETTINGS, mds_rows, pictures, run_here
 
 IMAGES = "openmoji/images"
 CAPTIONS = "openmoji/captions/colour"
@@ -140,11 +140,11 @@ def test_keys_that_do_not_begin_with_their_shard(tmp_path):
     from pipeline.stages.images import write_images
 
     store = Store(tmp_path)
-    (picture, *_) = (s for s in SOURCE.fetch(SOURCE.shards()[0]) if isinstance(s, ImageSample))
+    picture = pictures(SOURCE)[0]
     for shard, key in (("00000", "apple"), ("00001", "00000-pear")):
         ref = ImageRef(key, f"http://example.org/{key}", "fruit")
         sample = ImageSample(ref, picture.data, "png", 64, 64, 64, 64)
-        write_images(store, IMAGES, InputShard(shard, "train"), {}, [sample], [], 0.0)
+        write_images(store, IMAGES, InputShard(shard, "train"), {}, [sample], 0.0)
     seen = []
     found = drop(
         store, "openmoji", ["00000-pear", "apple"], "key", lambda *count: seen.append(count)

@@ -27,6 +27,7 @@ from pipeline.stages.encode import Encode, EncodeSettings
 from pipeline.stages.encode_worker import EncodeWorker
 from pipeline.stages.images import read_images, write_images
 from tests.pipeline.roots import SETTINGS, mds_rows, run_here, tree
+from tests.pipeline.roots import pictures as pictures_of
 
 IMAGES = "openmoji/images"
 BASE: dict[str, Any] = {
@@ -127,8 +128,7 @@ def test_crops_have_groups_of_their_own_and_depend_on_the_key_alone(tmp_path, cr
 def test_pictures_below_the_resolution(tmp_path):
     store = Store(tmp_path)
     small = SETTINGS.model_copy(update={"size": 40})
-    shard = small.shards()[0]
-    pictures = [item for item in small.fetch(shard) if isinstance(item, ImageSample)]
+    pictures = pictures_of(small)
     write(store, pictures)
     with pytest.raises(TooManyRejects, match=r"too-small; e.g. .*: 40 pixels on the shorter side"):
         run_here(stage(captions="alt"), store)
@@ -299,7 +299,7 @@ def iter_images(store: Store):
 
 
 def write(store: Store, pictures: list[ImageSample]) -> None:
-    write_images(store, IMAGES, InputShard("00000", "train"), {}, pictures, [], 0.0)
+    write_images(store, IMAGES, InputShard("00000", "train"), {}, pictures, 0.0)
 
 
 def wide(key: str, caption: str = "stripes") -> ImageSample:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile, features
 
 from pipeline.core import images
-from pipeline.core.images import MAX_PIXELS, BadPicture, decode, fit, read_pixels, shorter_side
+from pipeline.core.images import MAX_PIXELS, BadPicture, decode, fit, read_header, read_pixels
 
 LSB = 2  # of 255: what a resized picture may differ from Pillow's
 
@@ -185,7 +185,7 @@ def test_decode_is_read_pixels_as_a_picture(data):
     assert picture.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(picture), read_pixels(data))
     np.testing.assert_array_equal(read_pixels(data), read_pixels(data))
-    assert shorter_side(data) == min(picture.size)
+    assert read_header(data).shorter == min(picture.size)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
@@ -211,7 +211,7 @@ def test_exif_orientation_is_applied(kind, orientation):
     pixels = read_pixels(data)
     assert pixels.shape == (32, 48, 3)
     assert abs(pixels.astype(int) - np.asarray(upright)).mean() < 10  # a wrong turn: 50
-    assert shorter_side(data) == 32
+    assert read_header(data).shorter == 32
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -229,6 +229,13 @@ def test_a_jpeg_that_only_pillow_takes_is_decoded():
 
 
 # What must be refused.
+
+
+def test_why_a_picture_is_refused_is_the_same_in_every_process():
+    """It stands in the parquet: no address in memory may be in it."""
+    with pytest.raises(BadPicture) as error:
+        read_pixels(b"no picture")
+    assert str(error.value) == "cannot identify its format"
 
 
 @pytest.mark.parametrize(
@@ -250,7 +257,7 @@ def test_a_jpeg_that_only_pillow_takes_is_decoded():
 def test_what_is_no_picture_is_undecodable(data):
     assert reason(data) == "undecodable"
     with pytest.raises(BadPicture):
-        shorter_side(data)
+        read_header(data)
 
 
 @pytest.mark.parametrize("name", ["baseline", "progressive", "grey", "cmyk", "restart markers"])
@@ -305,14 +312,36 @@ def test_a_bomb_is_refused_by_its_header(name, data, monkeypatch):
     monkeypatch.setattr(images.simplejpeg, "decode_jpeg", lambda *_: pytest.fail("decoded"))
     assert reason(data) == "too-large"
     with pytest.raises(BadPicture) as error:
-        shorter_side(data)
+        read_header(data)
     assert error.value.reason == "too-large"
+
+
+def scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan is repeated."""
+    data = JPEGS["progressive"]
+    last = data.rindex(b"\xff\xda")
+    more = count - data.count(b"\xff\xda")
+    return data[:-2] + data[last:-2] * more + data[-2:]
+
+
+def test_a_jpeg_of_too_many_scans_is_refused_before_they_are_decoded(monkeypatch):
+    """Each costs a pass over all pixels, and hardly a byte."""
+    assert read_pixels(scans(images.MAX_SCANS)).shape == (23, 37, 3)
+    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    assert reason(scans(images.MAX_SCANS + 1)) == "too-large"
+
+
+def test_what_lies_behind_a_jpeg_is_no_scan():
+    data = JPEGS["baseline"]
+    behind = data + b"\xff\xda" * (images.MAX_SCANS + 1)
+    np.testing.assert_array_equal(read_pixels(behind), read_pixels(data))
 
 
 def test_a_big_picture_that_is_allowed_is_no_warning():
     """Pillow warns from 89 million pixels on; here warnings are errors."""
     assert MAX_PIXELS >= 12_000 * 9_000 > (Image.MAX_IMAGE_PIXELS or 0)
-    assert shorter_side(png_of(12_000, 9_000, (8, 2), b"")) == 9_000
+    assert read_header(png_of(12_000, 9_000, (8, 2), b"")).shorter == 9_000
 
 
 def test_threads_leave_the_warnings_as_they_were():
@@ -452,7 +481,7 @@ def test_a_jpeg_from_bytes_to_square_is_pillows_to_two_lsb(width, height, resolu
 
 
 def test_resizing_stays_in_the_layout_that_is_fast():
-    assert images._resize(drawn("noise", 90, 160), 32, 57).flags.c_contiguous
+    assert images.resize(drawn("noise", 90, 160), 32, 57).flags.c_contiguous
 
 
 def test_fit_takes_arrays_and_pictures_alike():

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from pipeline.core.errors import SettingError
-from pipeline.core.samples import ImageSample
 from pipeline.sources.openmoji import BACKGROUNDS, STARTER, OpenMoji, caption, codes, split_of
+from tests.pipeline.roots import pictures
 
 
 def test_the_default_set_is_64_glyphs_on_8_backgrounds_with_one_pair_each_held_out():
@@ -30,9 +30,7 @@ def test_shard_ids_are_unique_and_ordered():
 
 
 def test_a_shard_renders_to_captioned_pictures():
-    shard = OpenMoji(glyphs="avocado", backgrounds="blue,red", size=40).shards()[0]
-    (sample, *_) = OpenMoji(glyphs="avocado", backgrounds="blue,red", size=40).fetch(shard)
-    assert isinstance(sample, ImageSample)
+    sample = pictures(OpenMoji(glyphs="avocado", backgrounds="blue,red", size=40))[0]
     image = Image.open(io.BytesIO(sample.data)).convert("RGB")
     assert image.size == (40, 40)
     background = sample.ref.url.split("=")[1]

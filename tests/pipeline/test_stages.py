@@ -20,16 +20,17 @@ from pipeline.core.errors import BrokenShard, SettingError, TooManyRejects
 from pipeline.core.images import decode, fit
 from pipeline.core.latents import to_model, to_raw
 from pipeline.core.manifest import read_manifest
-from pipeline.core.samples import ImageRef, ImageSample, InputShard
+from pipeline.core.rules import keep
+from pipeline.core.samples import ImageRef, ImageSample, InputShard, RawImage, Reject
 from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
 from pipeline.encoders import find_vae, load_text, load_vae
 from pipeline.plan import Choice, plan
 from pipeline.sources.openmoji import BACKGROUNDS, render
-from pipeline.stages.download import Download, checked
+from pipeline.stages.download import Download
 from pipeline.stages.encode import Encode, EncodeSettings
 from pipeline.stages.images import read_images, write_images
-from tests.pipeline.roots import SETTINGS, mds_rows, run_here, tree
+from tests.pipeline.roots import SETTINGS, mds_rows, pictures, run_here, tree
 
 ENCODE = EncodeSettings(
     vae="tiny4",
@@ -225,13 +226,14 @@ def test_new_input_shards_are_picked_up(tmp_path):
 def test_an_unreadable_picture_is_a_counted_reject_everywhere(tmp_path):
     store = Store(tmp_path)
     shard = InputShard("00000", "train")
-    source = SETTINGS.shards()[0]
-    good = [item for item in SETTINGS.fetch(source) if isinstance(item, ImageSample)]
+    good = pictures()
     bad = ImageSample(ImageRef("000009999", "x:", "a ruin"), b"\x89PNG broken", "png", 1, 1, 1, 1)
     # Found at download ...
-    assert checked(bad).reason == "undecodable"  # pyright: ignore
+    found = keep(RawImage(bad.ref, bad.data), SETTINGS.rules)
+    assert isinstance(found, Reject)
+    assert found.reason == "undecodable"
     # ... and, where a tar was made elsewhere, in every later stage.
-    write_images(store, IMAGES, shard, {"stage": "download"}, [*good, bad], [], 0.0)
+    write_images(store, IMAGES, shard, {"stage": "download"}, [*good, bad], 0.0)
     from pipeline.stages.caption import CaptionStage
 
     run_here(CaptionStage("openmoji", "colour"), store)
@@ -256,7 +258,7 @@ def rejects_of(store: Store, group: str, commit: Commit) -> list[dict[str, Any]]
 def test_a_shard_of_rejects_is_committed_only_where_that_is_expected(tmp_path):
     store = Store(tmp_path)
     bad = ImageSample(ImageRef("000000000", "x:", "a ruin"), b"nothing", "png", 1, 1, 1, 1)
-    write_images(store, IMAGES, InputShard("00000", "train"), {}, [bad], [], 0.0)
+    write_images(store, IMAGES, InputShard("00000", "train"), {}, [bad], 0.0)
     with pytest.raises(TooManyRejects, match=r"1 of 1 samples rejected \(1 undecodable"):
         encode(store, captions="alt")
     assert read_commits(store, LATENTS) == {}

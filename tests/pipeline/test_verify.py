@@ -27,13 +27,13 @@ from pipeline.core.mds import decode_shard, encode_shard
 from pipeline.core.samples import InputShard, Reject
 from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet, to_parquet
-from pipeline.core.tars import read_samples, write_tar
+from pipeline.core.tars import read_samples
 from pipeline.plan import Choice
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.download import Download
 from pipeline.stages.encode import Encode, EncodeSettings
 from pipeline.verify import repair, select, verify
-from tests.pipeline.roots import SETTINGS, mds_rows, run_here, tree
+from tests.pipeline.roots import SETTINGS, mds_rows, pictures, run_here, tar_of, tree
 
 IMAGES = "openmoji/images"
 CAPTIONS = "openmoji/captions/colour"
@@ -158,7 +158,7 @@ def another_picture(store: Store) -> None:
             for key, fields in read_samples(files["00000.tar"])
             for extension, data in fields.items()
         ]
-        files["00000.tar"] = write_tar(members)
+        files["00000.tar"] = tar_of(members)
 
     rewrite(store, IMAGES, change)
 
@@ -170,7 +170,7 @@ def another_alt_caption(store: Store) -> None:
 def tar_in_another_order(store: Store) -> None:
     def change(files: dict[str, bytes]) -> list[str]:
         samples = list(read_samples(files["00000.tar"]))[::-1]
-        files["00000.tar"] = write_tar(
+        files["00000.tar"] = tar_of(
             (f"{key}.{extension}", data)
             for key, fields in samples
             for extension, data in fields.items()
@@ -369,12 +369,12 @@ def test_rejects_and_empty_shards_are_sound(tmp_path):
     from pipeline.stages.images import write_images
 
     store = Store(tmp_path)
-    good = [s for s in SETTINGS.fetch(SETTINGS.shards()[0]) if isinstance(s, ImageSample)]
+    good = pictures()
     bad = ImageSample(ImageRef("000010000", "x:", "a ruin"), b"nothing", "png", 1, 1, 1, 1)
     lost = Reject("000000009", "download", "failed_to_download", "404")
     inputs = {"stage": "download"}
-    write_images(store, IMAGES, InputShard("00000", "train"), inputs, good, [lost], 0.0)
-    write_images(store, IMAGES, InputShard("00001", "train"), inputs, [bad], [], 0.0)
+    write_images(store, IMAGES, InputShard("00000", "train"), inputs, [*good, lost], 0.0)
+    write_images(store, IMAGES, InputShard("00001", "train"), inputs, [bad], 0.0)
     for stage in (
         CaptionStage("openmoji", "colour", max_reject_rate=1.0),
         Encode("openmoji", STAGES[2].settings, max_reject_rate=1.0),

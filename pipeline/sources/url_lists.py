@@ -1,0 +1,160 @@
+"""A table of links, split once into the rows of each shard.
+
+A list of 37 million rows takes minutes to read. So the process that plans reads it once and keeps
+each shard's rows as a small parquet under the root, named by its content: planning again compares
+versions of files only, a worker reads its own shard's rows, and rows that are appended to the last
+file leave the shards before them as they are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+
+from pipeline.core.errors import BrokenShard, SettingError
+from pipeline.core.store import Store, canonical_json, fingerprint, sha256
+from pipeline.core.tables import from_parquet, to_parquet
+from pipeline.sources.url_table import ENDINGS, UrlList, readable, shown, split
+
+SCHEMA = 1
+# What tells a file's version, in the words of the file systems.
+_VERSIONS = (
+    *("ETag", "etag", "Content-MD5", "Last-Modified", "LastModified", "md5Hash", "mtime"),
+    *("created", "blob_id", "oid", "last_commit", "lfs"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a list; None where it says nothing."""
+
+    url: str | None
+    caption: str | None
+    hash: str | None
+
+
+def parts(store: Store, folder: str, wanted: UrlList) -> list[tuple[str, int]]:
+    """The shards of a list: (name of its rows in `folder`, how many). Reads what has changed.
+
+    Raises:
+        SettingError: the list cannot be read, or a column is not there.
+    """
+    record = f"{folder}/{fingerprint(wanted.identity())}.json"
+    try:
+        kept = store.read_json(record)
+    except FileNotFoundError:
+        kept = {"schema": SCHEMA, "files": []}
+    if kept["schema"] > SCHEMA:
+        raise SettingError(
+            f"{store.url(record)}: schema {kept['schema']}, this version reads up to {SCHEMA}; "
+            "upgrade the package"
+        )
+    there = set(store.names(folder))
+    known = {
+        (file["name"], file["version"]): file["parts"]
+        for file in kept["files"]
+        if all(f"{name}.parquet" in there for name, _ in file["parts"])
+    }
+    with readable(wanted):
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(wanted.url_list)
+        found = _files(fs, path, wanted)
+    files = []
+    for number, (path, format, version) in enumerate(found, 1):
+        made = known.get((shown(path), version)) if version else None
+        if made is None:
+            print(f"reading list {number} of {len(found)}: {shown(path)}", file=sys.stderr)
+            made = [
+                [_place(store, folder, rows), rows.num_rows]
+                for rows in split(fs, path, format, wanted)
+            ]
+        files.append({"name": shown(path), "version": version, "parts": made})
+        if files != kept["files"][:number]:  # after each, so that an interrupted run goes on there
+            store.write_json(record, {"schema": SCHEMA, "files": files})
+    return [(name, rows) for file in files for name, rows in file["parts"]]
+
+
+def read(store: Store, folder: str, name: str) -> Iterator[Row]:
+    """A shard's rows.
+
+    Raises:
+        BrokenShard: they are gone, or others.
+    """
+    path = f"{folder}/{name}.parquet"
+    try:
+        table = from_parquet(store.read(path))
+    except FileNotFoundError:
+        raise BrokenShard(
+            f"{store.url(path)} is gone; run again: that reads the list anew"
+        ) from None
+    except pa.ArrowInvalid as error:
+        raise BrokenShard(f"{store.url(path)} cannot be read; delete it and run again") from error
+    if _name(table) != name:
+        raise BrokenShard(f"{store.url(path)} holds other rows; delete it and run again")
+    columns = table.to_pydict()
+    for url, caption, digest in zip(
+        columns["url"], columns["caption"], columns["hash"], strict=True
+    ):
+        yield Row(url, caption, digest)
+
+
+def _files(fs: Any, path: str, wanted: UrlList) -> list[tuple[str, str, str]]:
+    """(path, format, version) of each file of the list, in order of name."""
+    name = f"url_list={shown(wanted.url_list)}"
+    # An HTTP client takes any page with links for a folder.
+    if _is_http(fs) or not fs.isdir(path):
+        info = fs.info(path)
+        format = _format(path) if wanted.input_format == "auto" else wanted.input_format
+        if format is None:
+            raise SettingError(
+                f"{name}: its name does not tell the format; set input_format, one of "
+                + ", ".join(ENDINGS)
+            )
+        return [(path, format, _version(info))]
+    entries = {entry["name"]: entry for entry in fs.ls(path, detail=True)}
+    endings = ENDINGS if wanted.input_format == "auto" else (wanted.input_format,)
+    formats = {found: format for found in entries if (format := _format(found) or "") in endings}
+    if not formats:
+        raise SettingError(f"{name}: the folder holds no file named *.{'|'.join(endings)}")
+    if len(kinds := sorted(set(formats.values()))) > 1:
+        raise SettingError(
+            f"{name}: the folder holds lists in {len(kinds)} formats; say which: "
+            f"input_format={'|'.join(kinds)}"
+        )
+    return [(found, formats[found], _version(entries[found])) for found in sorted(formats)]
+
+
+def _format(name: str) -> str | None:
+    path = urlsplit(name).path if "://" in name else name
+    return next((ending for ending in ENDINGS if path.lower().endswith(f".{ending}")), None)
+
+
+def _version(info: dict[str, Any]) -> str:
+    """Changes when the file does; "" where the server does not tell, so it is read anew."""
+    told = {key: str(info[key]) for key in _VERSIONS if info.get(key)}
+    return fingerprint({"size": info.get("size"), **told}) if told else ""
+
+
+def _is_http(fs: Any) -> bool:
+    protocols = fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
+    return "http" in protocols
+
+
+def _name(rows: pa.Table) -> str:
+    """Over the values, not the file: another version of pyarrow writes other bytes."""
+    columns = rows.to_pydict()
+    return sha256(canonical_json([columns["url"], columns["caption"], columns["hash"]]))[:16]
+
+
+def _place(store: Store, folder: str, rows: pa.Table) -> str:
+    name = _name(rows)
+    path = f"{folder}/{name}.parquet"
+    if not store.exists(path):
+        store.write(path, to_parquet(rows.combine_chunks()))
+    return name

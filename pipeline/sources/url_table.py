@@ -1,0 +1,221 @@
+"""HOW a table of links is read: by img2dataset's own reader, a file at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import functools
+import gzip
+import importlib.util
+import io
+import json
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.core.errors import SettingError, nearest
+from pipeline.core.spool import scratch
+
+FORMATS = ("csv", "tsv", "json", "jsonl", "txt", "parquet")  # all but the last also as .gz
+ENDINGS = (*(f"{name}.gz" for name in FORMATS[:-1]), *FORMATS)
+_LOOKED_AT = 1000  # lines, for the columns of a jsonl
+
+
+@dataclass(frozen=True)
+class UrlList:
+    """Where a list is and how it is read; option names are img2dataset's."""
+
+    url_list: str  # a file or a folder of files: a path, or any fsspec URL
+    input_format: str  # "auto": by the ending
+    url_col: str
+    caption_col: str | None
+    verify_hash: tuple[str, str] | None  # (column, kind)
+    number_sample_per_shard: int
+    more: tuple[str, ...] = ()  # further columns that `choose` looks at
+    choose: Callable[[pa.Table], pa.Table] | None = None  # of a table, the rows that are wanted
+    choice: Any = None  # plain values that say what `choose` does
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the rows, without what is secret in a link."""
+        return {
+            "list": shown(self.url_list),
+            "format": self.input_format,
+            "columns": [self.url_col, self.caption_col, self.verify_hash, list(self.more)],
+            "rows": self.number_sample_per_shard,
+            "choice": self.choice,
+        }
+
+
+def shown(url: str) -> str:
+    """A link or path without user, password and query, which may be secret."""
+    if "://" not in url:
+        return url
+    found = urlsplit(url)
+    return f"{found.scheme}://{found.netloc.rpartition('@')[2]}{found.path}"
+
+
+def split(fs: Any, path: str, format: str, wanted: UrlList) -> Iterator[pa.Table]:
+    """The rows of one file that are wanted, a shard's at a time."""
+    size = wanted.number_sample_per_shard
+    with tempfile.TemporaryDirectory(prefix="list-", dir=scratch()) as folder:
+        local = Path(path)
+        if "file" not in fs.protocol:
+            local = Path(folder, f"list.{format}")
+            with readable(wanted):
+                fs.get_file(path, str(local))
+        waiting: list[pa.Table] = []
+        rows = 0
+        for table in _tables(local, format, wanted, folder):
+            waiting.append(table)
+            rows += table.num_rows
+            if rows >= size:
+                whole = pa.concat_tables(waiting)
+                for start in range(0, rows - rows % size, size):
+                    yield whole.slice(start, size)
+                waiting, rows = [whole.slice(rows - rows % size)], rows % size
+        if rows:
+            yield pa.concat_tables(waiting)
+
+
+def _tables(path: Path, format: str, wanted: UrlList, folder: str) -> Iterator[pa.Table]:
+    """A file through img2dataset's reader, then the rows that are wanted."""
+    digest = wanted.verify_hash
+    if format.startswith("txt") and wanted.caption_col is not None:
+        raise SettingError(
+            f"caption_col={wanted.caption_col}: {shown(wanted.url_list)} is a plain list of links; "
+            "set caption_col to nothing and let a captioner write captions"
+        )
+    with readable(wanted, format):
+        _require_columns(path, format, wanted)  # the reader would try for over a minute
+    with readable(wanted, format), contextlib.redirect_stdout(io.StringIO()):
+        reader = _reader_class()(
+            url_list=str(path),
+            input_format=format,
+            url_col=wanted.url_col,
+            caption_col=wanted.caption_col,
+            verify_hash_col=digest and digest[0],
+            verify_hash_type=digest and digest[1],
+            save_additional_columns=list(wanted.more) or None,
+            number_sample_per_shard=wanted.number_sample_per_shard,
+            done_shards=set(),
+            tmp_path=folder,
+        )
+        made = list(reader)
+    for _, feather in made:
+        with pa.OSFile(feather) as file:
+            table = pa.ipc.open_file(file).read_all()
+        Path(feather).unlink()
+        if wanted.choose is not None:
+            table = wanted.choose(table)
+        names = {"url": "url", "caption": "caption", "hash": digest[1] if digest else ""}
+        yield pa.table({to: _text(table, name, wanted) for to, name in names.items()})
+
+
+def _text(table: pa.Table, name: str, wanted: UrlList) -> pa.ChunkedArray | pa.Array:
+    if name not in table.column_names:
+        return pa.nulls(table.num_rows, pa.string())
+    column = table[name]
+    if pa.types.is_nested(column.type):
+        raise SettingError(
+            f"url_list={shown(wanted.url_list)}: column {name} holds {column.type}, needs text"
+        )
+    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+        column = column.cast(pa.large_binary()).cast(pa.large_string())
+    return column.cast(pa.string())
+
+
+@functools.cache
+def _reader_class() -> Any:
+    """img2dataset's reader, from its file: the package imports albumentations, which takes six
+    seconds and asks the internet for a newer version of itself."""
+    package = importlib.util.find_spec("img2dataset")
+    assert package is not None
+    assert package.submodule_search_locations
+    path = Path(package.submodule_search_locations[0], "reader.py")
+    spec = importlib.util.spec_from_file_location("_img2dataset_reader", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Reader
+
+
+@contextlib.contextmanager
+def readable(wanted: UrlList, format: str = "") -> Iterator[None]:
+    """Turns what goes wrong with a list into a line about it; a link's query stays out of it."""
+    name = f"url_list={shown(wanted.url_list)}"
+    try:
+        yield
+    except SettingError:
+        raise
+    except FileNotFoundError:
+        raise SettingError(f"{name}: no such file; give a path or an fsspec URL") from None
+    except ImportError as error:
+        raise SettingError(f"{name}: {str(error).splitlines()[0]}") from error
+    except (pa.ArrowException, UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        first = str(error).splitlines()[0]
+        raise SettingError(f"{name}: not a table in format {format}: {first}") from error
+    except ValueError as error:
+        if "://" in wanted.url_list and not format:
+            raise SettingError(f"{name}: {type(error).__name__}") from None
+        raise SettingError(f"{name}: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        # A client's error quotes the link; its type and status say what is the matter.
+        if isinstance(error, OSError) and error.strerror and "://" not in wanted.url_list:
+            raise SettingError(f"{name}: {error.strerror}") from error
+        if format:
+            raise
+        status = getattr(error, "status", None) or getattr(error, "code", None) or ""
+        told = f"{type(error).__name__} {status}".strip()
+        raise SettingError(f"{name}: cannot be read: {told}") from None
+
+
+def _require_columns(path: Path, format: str, wanted: UrlList) -> None:
+    """
+    Raises:
+        SettingError: which column is not there, and which are.
+    """
+    there = _columns(path, format)
+    needed = {"url_col": wanted.url_col, **{name: name for name in wanted.more}}
+    if wanted.caption_col is not None:
+        needed["caption_col"] = wanted.caption_col
+    if wanted.verify_hash is not None:
+        needed["verify_hash"] = wanted.verify_hash[0]
+    for setting, name in needed.items():
+        if name not in there:
+            raise SettingError(
+                f"{setting}={name}: {shown(wanted.url_list)} has no such column"
+                f"{nearest(name, there)}; there are: {', '.join(there)}"
+            )
+        if there.count(name) > 1:
+            raise SettingError(f"{setting}={name}: {shown(wanted.url_list)} has two such columns")
+
+
+def _opened(path: Path, format: str) -> IO[str]:
+    opener = gzip.open if format.endswith(".gz") else open
+    return opener(path, "rt", encoding="utf-8-sig")  # pyright: ignore
+
+
+def _columns(path: Path, format: str) -> list[str]:
+    kind = format.removesuffix(".gz")
+    if kind == "txt":
+        return ["url"]
+    if kind == "parquet":
+        return pq.read_schema(path).names
+    with _opened(path, format) as file:
+        if kind in ("csv", "tsv"):
+            return next(csv.reader(file, delimiter="," if kind == "csv" else "\t"), [])
+        if kind == "jsonl":
+            rows = [json.loads(line) for line in islice(file, _LOOKED_AT) if line.strip()]
+        else:
+            found = json.load(file)
+            rows = found if isinstance(found, list) else [found]
+    return list(dict.fromkeys(name for row in rows for name in row))
