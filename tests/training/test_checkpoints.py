@@ -157,6 +157,10 @@ def test_a_checkpoint_of_other_weights_than_its_stages(
     torch.save(state, file)
     with pytest.raises(SettingError, match=r"holds other weights than .*/live.safetensors \(x_emb"):
         assemble.run(plan_of(data, copy))
+    live = copy / "masked/live.safetensors"
+    live.write_bytes(live.read_bytes()[:50])
+    with pytest.raises(SettingError, match=r"live.safetensors \(no whole file\)"):
+        assemble.run(plan_of(data, copy))
 
 
 def test_loading_runs_no_code(tmp_path: Path) -> None:
