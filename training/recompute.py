@@ -2,8 +2,8 @@
 
 Autograd keeps the operands of every operation, so that of a norm, its modulation and the linear
 layer after it three copies of the tokens stay. Here they are one function, which keeps the
-normalised tokens alone. No matrix product is done twice. Compiled, the plain formulas run:
-Inductor chooses for itself what to compute again, and joins the passes over memory besides.
+normalised tokens alone. No matrix product is done twice. Compiled, the plain formulas run: Dynamo
+(torch 2.6) does not trace such functions, and Inductor decides for itself what it keeps.
 
 Shapes as in `training.layers`. Under autocast a function's matrices are cast before it and the
 rest is done in the precision of what it is given, float32 in training.
