@@ -310,7 +310,7 @@ def _export(plan: Plan, name: str, path: StageFolder, model: DiffusionModel, ema
         vae=sources[0].latents.vae,
         text_encoder=sources[0].text.text_encoder,
         text=config.data.text,
-        captions=config.data.captions,
+        captions=config.data.all_captions(),
         latents_manifests={source.name: source.latents for source in sources},
         text_manifests={source.name: source.text for source in sources},
         attribution=weights.attributions([source.name for source in sources]),

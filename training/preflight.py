@@ -145,7 +145,14 @@ def encode_command(config: Config, source: str, resolution: int) -> str:
     if data.root != (os.environ.get(layout.ROOT_VARIABLE) or layout.DEFAULT_ROOT):
         words += ["--root", data.root]
     words += ["--vae", data.vae, "--text-encoder", data.text_encoder]
-    words += ["--resolutions", str(resolution), "--captions", data.captions, "--text", data.text]
+    words += [
+        "--resolutions",
+        str(resolution),
+        "--captions",
+        data.captions_of(source),
+        "--text",
+        data.text,
+    ]
     if data.text_dtype != "float16":
         words += ["--text-dtype", data.text_dtype]
     if data.latents != "mean":
@@ -209,7 +216,7 @@ def _find_source(plan: Plan, store: Store, name: str, resolution: int) -> Source
     command = encode_command(plan.config, name, resolution)
     latents_group = layout.latents_group(name, data.vae, resolution, data.latents, data.crop)
     text_group = layout.text_group(
-        name, data.text_encoder, data.captions, data.text, data.text_dtype
+        name, data.text_encoder, data.captions_of(name), data.text, data.text_dtype
     )
     latents = _manifest(store, latents_group, LatentsManifest, command)
     text = _manifest(store, text_group, TextManifest, command)
@@ -221,7 +228,7 @@ def _find_source(plan: Plan, store: Store, name: str, resolution: int) -> Source
         *_differs("crop", data.crop, latents.crop),
         *_differs("text", data.text, text.text),
         *_differs("text_dtype", data.text_dtype, text.dtype),
-        *_differs("captions", data.captions, text.captions),
+        *_differs("captions", data.captions_of(name), text.captions),
     ]
     if differences:
         raise SettingError(

@@ -42,13 +42,24 @@ class Data(Section):
     latents: Literal["mean", "sample", "moments"] = "mean"  # moments: a new sample every epoch
     crop: Literal["center", "random"] = "center"  # latents and crop: as encoded
     text_encoder: str
-    captions: str = "alt"  # a captioner or a mix, as given to `pipeline run encode`
+    #: A captioner or a mix, as given to `pipeline run encode`; or source: that, for those whose
+    #: captions are not their own.
+    captions: str | dict[str, str] = "alt"
     text: Literal["full", "trimmed"] = "full"
     text_dtype: Literal["float16", "int8"] = "float16"  # of the stored token vectors
     split: str = "train"
     caption_drop: Share = 0.1  # how often a caption is dropped, for classifier-free guidance
     workers: Annotated[int, Field(ge=0)] = 2  # loader processes a rank; 0 reads in the trainer
     cache: str = ""  # folder for shards of a remote root; default <folder>/cache
+
+    def captions_of(self, source: str) -> str:
+        return self.captions if isinstance(self.captions, str) else self.captions.get(source, "alt")
+
+    def all_captions(self) -> str:
+        """As one line, for a passport: "alt", or "alt; sa1b: llava-1.5-7b"."""
+        if isinstance(self.captions, str):
+            return self.captions
+        return "; ".join(["alt", *(f"{source}: {own}" for source, own in self.captions.items())])
 
 
 class Model(Section):
@@ -197,6 +208,13 @@ class Config(Section):
             raise ValueError(f"stages.{first}.keep_moments: no stage before has moments; remove it")
         if self.edm is not None and self.objective != "edm":
             raise ValueError(f"edm: not read by objective {self.objective}; remove the section")
+        if isinstance(self.data.captions, dict):
+            sources = {name for stage in self.stages.values() for name in self.sources_of(stage)}
+            for name in self.data.captions:
+                if name not in sources:
+                    raise ValueError(
+                        f"data.captions.{name}: no source of that name{nearest(name, sources)}"
+                    )
         for name, stage in self.stages.items():
             for objective, keys in NOISE.items():
                 for key in keys:

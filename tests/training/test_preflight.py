@@ -130,6 +130,25 @@ def test_weights_of_imported_groups_are_unknown(raw: dict[str, Any], encoders: E
         check(resolve(sources))
 
 
+def test_sources_with_captions_of_their_own(raw: dict[str, Any], encoders: Encoders) -> None:
+    root = Path(raw["data"]["root"])
+    make_source(root, encoders)
+    make_source(root, encoders, name="other", captions="llava-1.5-7b.medium")
+    raw = changed(raw, "data.sources", ["toy", "other"])
+    with pytest.raises(MissingData, match=r"--source other .* --captions alt "):
+        check(resolve(raw))
+    raw = changed(raw, "data.captions", {"other": "llava-1.5-7b.medium"})
+    plan = check(resolve(raw))
+    groups = [source.text_group for source in plan.data["masked"]]
+    assert [group.rsplit("/", 1)[1] for group in groups] == [
+        "alt.trimmed",
+        "llava-1.5-7b.medium.trimmed",
+    ]
+    assert plan.config.data.all_captions() == "alt; other: llava-1.5-7b.medium"
+    with pytest.raises(SettingError, match=r'data.captions.othr: no source .* "other"'):
+        resolve(changed(raw, "data.captions", {"othr": "colour"}))
+
+
 def test_files_that_are_gone(raw: dict[str, Any], encoders: Encoders) -> None:
     store = make_source(Path(raw["data"]["root"]), encoders)
     next(Path(store.root).glob("toy/latents/**/00001-*.mds")).unlink()
