@@ -2,51 +2,86 @@
 
 from captioning import load
 captions = load("colour")(images)   # list[PIL.Image] -> list[Caption]
+captions = load("llava-1.5-7b", prompt="short", device="cuda")(images)
 """
 
 from __future__ import annotations
 
+import difflib
 import pkgutil
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
-from PIL import Image
+from captioning.captioner import (
+    Answer,
+    BadPicture,
+    BadSetting,
+    Caption,
+    Captioner,
+    Failure,
+    Picture,
+    Settings,
+)
 
+__all__ = [
+    "CAPTIONERS",
+    "Answer",
+    "BadPicture",
+    "BadSetting",
+    "Caption",
+    "Captioner",
+    "Failure",
+    "Picture",
+    "Settings",
+    "find",
+    "load",
+]
 
-@dataclass(frozen=True)
-class Caption:
-    """One sentence about one picture, and what wrote it."""
-
-    text: str
-    captioner: str  # name in CAPTIONERS
-    revision: str  # changes when the captioner's output changes
-    prompt: str = ""  # what the captioner was asked; "" for one that takes no prompt
-    tokens: int | None = None
-    finish_reason: str | None = None
-
-
-class Captioner(Protocol):
-    """A callable from pictures to captions, one each, in order."""
-
-    name: str
-    revision: str
-
-    def __call__(self, images: Sequence[Image.Image]) -> list[Caption]: ...
-
-
-#: Captioner name -> class ("module:attribute").
+#: Captioner name -> class ("module:attribute"). A folder or hub id is a MODEL.
 CAPTIONERS: dict[str, str] = {
     "colour": "captioning.colour:ColourCaptioner",
+    "endpoint": "captioning.endpoint:EndpointCaptioner",
+    "llava-1.5-7b": "captioning.vlm:VisionLanguageModel",
+    "llava-1.6-7b": "captioning.vlm:VisionLanguageModel",
 }
+MODEL = "captioning.vlm:VisionLanguageModel"  # what transformers' AutoModelForImageTextToText loads
 
 
-def load(name: str) -> Captioner:
-    """The captioner of that name.
+def find(name: str) -> type[Captioner]:
+    """The class of a captioner: a name of CAPTIONERS, a folder, or a hub id "owner/name[@revision]"
+    of a model.
 
     Raises:
-        KeyError: no captioner has this name; the message lists those that exist.
+        BadSetting: it is none of these.
     """
-    if name not in CAPTIONERS:
-        raise KeyError(f"unknown captioner {name!r}; known: {', '.join(CAPTIONERS)}")
-    return pkgutil.resolve_name(CAPTIONERS[name])()
+    if name in CAPTIONERS:
+        return pkgutil.resolve_name(CAPTIONERS[name])
+    if Path(name).is_dir() or name.partition("@")[0].count("/") == 1:
+        return pkgutil.resolve_name(MODEL)
+    raise BadSetting(
+        f"captioner={name}: unknown{_nearest(name, CAPTIONERS)}; known: {', '.join(CAPTIONERS)}, "
+        "a folder, or a hub id owner/name"
+    )
+
+
+def load(name: str, **settings: Any) -> Captioner:
+    """The captioner of that name; `settings` are fields of its `Settings`.
+
+    Raises:
+        BadSetting: no such captioner, an unknown setting or a value that cannot be used.
+    """
+    cls = find(name)
+    known = [field.name for field in fields(cls.Settings)]
+    for setting in settings:
+        if setting not in known:
+            raise BadSetting(
+                f"{setting}: no setting of captioner={name}{_nearest(setting, known)}; "
+                f"known: {', '.join(known) or 'none'}"
+            )
+    return cls(name, cls.Settings(**settings))
+
+
+def _nearest(word: str, known: Any) -> str:
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f'; did you mean "{match[0]}"?' if match else ""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from captioning import Caption
+from captioning.captioner import Answer, BadPicture, Caption, Captioner, Failure, Picture
 
 #: Colour name -> sRGB anchors; a pixel takes the name of the nearest anchor.
 ANCHORS: tuple[tuple[str, tuple[int, int, int]], ...] = (
@@ -43,14 +45,34 @@ SHARE = 0.05  # a colour is named if it covers at least this share of the pictur
 SIDE = 32  # pictures are counted at SIDE x SIDE pixels
 
 
-class ColourCaptioner:
-    """Writes "mostly blue, with green and black"."""
+@dataclass(frozen=True)
+class NoSettings:
+    """Nothing can be set."""
 
-    name = "colour"
-    revision = "1"
 
-    def __call__(self, images: Sequence[Image.Image]) -> list[Caption]:
-        return [Caption(describe(image), self.name, self.revision) for image in images]
+class ColourCaptioner(Captioner):
+    """Writes "mostly blue, with green and black", one caption a picture. It has no settings."""
+
+    Settings = NoSettings
+
+    @property
+    def revision(self) -> str:
+        return "1"
+
+    def caption(self, pictures: Iterable[Picture]) -> Iterator[Answer]:
+        for picture in pictures:
+            try:
+                text = describe(picture.open())
+            except BadPicture as error:
+                yield picture.key, Failure(error.reason, str(error))
+            else:
+                yield picture.key, [Caption(text, self.name, self.revision)]
+
+    def decisive(self) -> dict[str, Any]:
+        return {}
+
+    def label(self) -> str:
+        return self.name
 
 
 def describe(image: Image.Image) -> str:

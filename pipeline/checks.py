@@ -98,7 +98,7 @@ def keys_of(store: Store, group: str, commit: Commit) -> list[str]:
     table = from_parquet(read_file(store, group, commit, ".parquet"))
     if "status" in table.column_names:
         return [r["key"] for r in table.to_pylist() if r["status"] == "success"]
-    return table["key"].to_pylist()
+    return list(dict.fromkeys(table["key"].to_pylist()))  # a picture may have several captions
 
 
 class _Shard:
@@ -216,7 +216,9 @@ class _Shard:
 
     def _captions(self, commit: Commit, files: dict[str, bytes], rejected: set[str]) -> None:
         table = from_parquet(files[commit.file(".parquet")])
-        keys = table["key"].to_pylist()
+        keys = list(dict.fromkeys(table["key"].to_pylist()))  # a picture may have several
+        if table.num_rows != table.group_by(["key", "number"]).aggregate([]).num_rows:
+            self.problem("a caption of one number stands twice")
         self._keys(commit, keys)
         self._pictures(commit, keys, rejected)
 

@@ -45,18 +45,27 @@ def status(
 
 
 @app.command()
-def fetch(name: Annotated[str, typer.Argument(help="A VAE or text encoder, e.g. sdxl.")]) -> None:
-    """Download an encoder's weights from the Hugging Face hub into the local cache."""
+def fetch(
+    name: Annotated[
+        str, typer.Argument(help="A VAE, text encoder or captioner, e.g. sdxl, or a hub id.")
+    ],
+) -> None:
+    """Download a model's weights from the Hugging Face hub into the local cache."""
+    from captioning import hub
+    from captioning.vlm import MODELS
     from pipeline.encoders import TEXT_ENCODERS, VAES, locate_text, locate_vae
     from pipeline.encoders.hub import fetch as fetch_repo
     from pipeline.encoders.hub import is_hub_id
 
+    if name in MODELS:
+        print(f"{name}: {hub.fetch(MODELS[name])}")
+        return
     if name in VAES or (name not in TEXT_ENCODERS and is_hub_id(name)):
         repo, subfolder = locate_vae(name)
     elif name in TEXT_ENCODERS:
         repo, subfolder = locate_text(name).split(":", 1)[1], ""
     else:
-        known = {**VAES, **TEXT_ENCODERS}
+        known = {**VAES, **TEXT_ENCODERS, **MODELS}
         raise SettingError(
             f"fetch {name}: unknown{nearest(name, known)}; known: {', '.join(known)}"
         )

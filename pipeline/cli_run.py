@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Run a stage over the shards it has left to do.", **OPTIONS)
 
 Device = Annotated[
-    str | None, typer.Option(help="Where encoders run: cpu, or cuda: each worker holds one GPU.")
+    str | None, typer.Option(help="Where models run: cpu, or cuda: each worker holds one GPU.")
 ]
 STOPPED = {"SIGTERM": 143, "SIGINT": 130}  # exit codes, as a shell gives them
 
@@ -151,6 +151,12 @@ def download(
         bool,
         typer.Option("--retry-failed", help="Fetch again what failed to download, and only that."),
     ] = False,
+    allow_private_hosts: Annotated[
+        bool,
+        typer.Option(
+            "--allow-private-hosts", help="Links may lead into your own network (URL lists)."
+        ),
+    ] = False,
 ) -> dict[str, Any]:
     """Fetch pictures and captions into WebDataset tars."""
     overrides: dict[str, Any] = {
@@ -158,22 +164,70 @@ def download(
         "rules.image_size": image_size,
         "rules.min_image_size": min_image_size,
         "retry_failed": retry_failed,
+        "download.allow_private_hosts": allow_private_hosts or None,
     }
-    for item in set_ or []:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise SettingError(f"--set {item}: write KEY=VALUE")
-        overrides[f"download.{key}"] = value
-    return overrides
+    return {**overrides, **_settings("download", set_)}
 
 
 @app.command()
 @_stage_command
 def caption(
-    captioner: Annotated[str | None, typer.Option(help="Who writes the captions: colour.")] = None,
+    captioner: Annotated[
+        str | None,
+        typer.Option(
+            help="colour, llava-1.5-7b, llava-1.6-7b, endpoint, or the folder or hub id of an "
+            "image-text-to-text model."
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="long, medium, short, several (long,short), or a text of your own."),
+    ] = None,
+    num_captions: Annotated[
+        int | None, typer.Option(help="Captions a picture; default: one for each prompt.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy; above it, noise drawn by (seed, key).")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Of a caption, at most.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the noise at a temperature.")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="A number, or auto.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16, or auto: by device.")
+    ] = None,
+    clean: Annotated[
+        str | None,
+        typer.Option(
+            help="Steps, e.g. habits,rules,lower: a model's set phrases, links and codes, capitals."
+        ),
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="Of an endpoint: http://HOST:8000/v1.")] = None,
+    model: Annotated[str | None, typer.Option(help="Of an endpoint: the model's name.")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Of an endpoint: requests at once, for each worker.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A captioner's further setting, KEY=VALUE.")
+    ] = None,
+    device: Device = None,
 ) -> dict[str, Any]:
     """Write captions beside downloaded shards."""
-    return {"caption.captioner": captioner}
+    return {
+        "caption.captioner": captioner,
+        "caption.prompt": prompt,
+        "caption.num_captions": num_captions,
+        "caption.temperature": temperature,
+        "caption.max_tokens": max_tokens,
+        "caption.seed": seed,
+        "caption.batch_size": batch_size,
+        "caption.dtype": dtype,
+        "caption.clean": clean,
+        "caption.url": url,
+        "caption.model": model,
+        "caption.concurrency": concurrency,
+        "caption.device": device,
+        **_settings("caption", set_),
+    }
 
 
 @app.command()
@@ -237,7 +291,18 @@ def encode(
 @_stage_command
 def all_(device: Device = None) -> dict[str, Any]:
     """Download, caption and encode one source, as its YAML says."""
-    return {"encode.device": device}
+    return {"caption.device": device, "encode.device": device}
+
+
+def _settings(section: str, given: list[str] | None) -> dict[str, Any]:
+    """--set KEY=VALUE, as overrides of a section."""
+    overrides: dict[str, Any] = {}
+    for item in given or []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise SettingError(f"--set {item}: write KEY=VALUE")
+        overrides[f"{section}.{key}"] = value
+    return overrides
 
 
 def _run(stages: list[str], common: Common, overrides: dict[str, Any]) -> None:

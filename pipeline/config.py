@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
 
 class CaptionConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    """What further keys there are is the captioner's to say: its Settings (docs/caption.md)."""
+
+    model_config = ConfigDict(extra="allow")
     captioner: str = "colour"
+    clean: list[str] | str = []  # steps of pipeline.stages.caption_text
 
 
 class EncodeConfig(BaseModel):
@@ -160,7 +163,9 @@ def build_stage(name: str, config: DataConfig, retry_failed: bool = False) -> St
         rules = source_rules(config, settings)
         return cls(config.source, settings, config.max_reject_rate, rules, retry_failed)
     if name == "caption":
-        return cls(config.source, config.caption.captioner, config.max_reject_rate)
+        own = config.caption.model_extra
+        captioner, clean = config.caption.captioner, config.caption.clean
+        return cls(config.source, captioner, config.max_reject_rate, own, clean)
     from pipeline.stages.encode import EncodeSettings
 
     values = config.encode.model_dump()

@@ -32,7 +32,7 @@ LOOK_EVERY_S = 30.0  # for workers that the cluster has room for by now
 class Options:
     """How to run, none of which decides a byte."""
 
-    workers: int | None = None  # default: every CPU (or GPU, for a stage that needs them)
+    workers: int | None = None  # default: the stage's own, or every CPU (or GPU, if it needs them)
     address: str | None = None  # a running Ray cluster; None starts a private one
     choice: Choice = field(default_factory=Choice)
     join: bool = False  # work beside another run of the same groups
@@ -143,7 +143,8 @@ class Pool:
                     "of a cluster that has some"
                 )
         here = len(self._workers()) + len(self._opening)
-        for _ in range(min(self.options.workers or max(1, int(room)), self.report.total) - here):
+        wanted = self.options.workers or self._needs.workers or max(1, int(room))
+        for _ in range(min(wanted, self.report.total) - here):
             self._open()
 
     def _open(self) -> None:

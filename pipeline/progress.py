@@ -145,6 +145,12 @@ def summarise(report: Report) -> None:
     if total := sum(spent.values()):
         shares = ", ".join(f"{name} {count / total:.0%}" for name, count in spent.items())
         print(f"  workers' time: {shares}")
+    if report.counters["captions"]:
+        from pipeline.stages.caption_text import facts
+
+        print(f"  {facts(report.counters, report.seconds)}")
+    if report.page:
+        print(f"  pictures with what was made of them: {report.page}")
     for group, found in report.groups.items() if len(report.groups) > 1 else ():
         if found["samples"]:
             print(f"  {group}: {found['bytes'] / found['samples']:,.0f} bytes a sample")

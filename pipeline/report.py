@@ -14,6 +14,7 @@ from pipeline.core.commits import Commit
 from pipeline.core.store import Store
 from pipeline.stages.stopwatch import PREFIX
 
+RATES = ("captions", "tokens")  # counters of which a report says how many a second
 KEPT_FAILURES = 1000  # in memory and in the report; all of them are in the groups' failures/
 
 
@@ -38,6 +39,7 @@ class Report:
     counters: Counter[str] = field(default_factory=Counter)  # what the stage itself counted
     workers: int = 0
     seconds: float = 0.0
+    page: str = ""  # path of a page that shows what was made, or ""
     stopped: str = ""  # the signal that ended it, or ""
     started_at: float = field(default_factory=time.time)
 
@@ -71,22 +73,31 @@ class Report:
     def finished(self) -> int:
         return self.shards + self.elsewhere + self.failed
 
-    def write(self, store: Store) -> None:
-        """Under <source>/runs/<stage>/, named by time: the one place where times are."""
+    def write(self, store: Store) -> str:
+        """Under <source>/runs/<stage>/, named by time: the one place where times are. Its path."""
         moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self.started_at))
         record = vars(self) | {
             "host": platform.node(),
             "version": version("microdit"),
-            "samples_per_s": round(self.samples / self.seconds, 3) if self.seconds else None,
+            "samples_per_s": self._rate(self.samples),
         }
+        for name in RATES:
+            if self.counters[name]:
+                record[f"{name}_per_s"] = self._rate(self.counters[name])
         name = f"{moment}-{process.identity().split('-')[1]}.json"
-        store.write_json(f"{self.source}/runs/{self.stage}/{name}", record)
+        path = f"{self.source}/runs/{self.stage}/{name}"
+        store.write_json(path, record)
+        return path
+
+    def _rate(self, count: int) -> float | None:
+        return round(count / self.seconds, 3) if self.seconds else None
 
 
 def last(store: Store, source: str, stage: str) -> dict[str, Any] | None:
     """The newest report of a stage that made something, or None."""
     folder = f"{source}/runs/{stage}"
-    for name in reversed(store.names(folder)[-10:]):
+    reports = [name for name in store.names(folder) if name.endswith(".json")]
+    for name in reversed(reports[-10:]):
         record = store.read_json(f"{folder}/{name}")
         if record["shards"]:
             return record

@@ -21,7 +21,7 @@ from pipeline.core.store import Store
 from pipeline.plan import Plan, plan, preflight
 from pipeline.pool import Failure, Options, Pool, start
 from pipeline.report import Report
-from pipeline.stages import Stage
+from pipeline.stages import Shows, Stage
 
 PUBLISH_EVERY_S = 600.0  # so that training can begin on what is there, days before the end
 
@@ -66,7 +66,11 @@ def run(
             _publish(stage, store, groups)
         report.seconds = time.time() - report.started_at
         if todo.pending:
-            report.write(store)
+            path = report.write(store)
+            if report.shards and isinstance(stage, Shows):
+                shown = stage.page(store, report.counters, report.seconds)
+                report.page = path.removesuffix(".json") + ".html"
+                store.write(report.page, shown.encode())
     return report
 
 

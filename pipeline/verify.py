@@ -282,6 +282,13 @@ def _kind(group: str) -> str:
     return group.split("/")[0]
 
 
+#: Settings of captioners that have a flag, where a commit says them.
+_CAPTION_FLAGS = (
+    *("prompt", "num_captions", "temperature", "max_tokens", "seed"),
+    *("batch_size", "device", "dtype", "model"),
+)
+
+
 def _command(store: Store, source: str, group: str) -> str:
     """The command that makes the group, as its commits say."""
     inputs: dict[str, Any] = {}
@@ -300,6 +307,11 @@ def _command(store: Store, source: str, group: str) -> str:
     words = ["pipeline", "run", stage, "--root", store.root, "--source", source]
     if kind == "captions" and "captioner" in inputs:
         words += ["--captioner", inputs["captioner"]]
+        for name in _CAPTION_FLAGS:
+            if inputs.get(name):
+                words += [f"--{name.replace('_', '-')}", str(inputs[name])]
+        if "clean" in inputs:
+            words += ["--clean", ",".join(inputs["clean"])]
     if kind == "latents" and "vae" in inputs:
         words += ["--vae", inputs["vae"]["name"], "--resolutions", str(inputs["resolution"])]
     if kind == "text" and "text_encoder" in inputs:

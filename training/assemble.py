@@ -17,11 +17,11 @@ from composer import Callback, DataSpec, Trainer
 from composer.utils import dist, get_device
 
 from pipeline.core.errors import SettingError, StorageError
-from training import curve, folder, initial, journal, observers, weights
+from training import curve, folder, initial, journal, observers, parallel, weights
 from training.checkpoints import CheckpointState, allow_only_data, read, require_same
-from training.config import Power
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
+from training.dtensors import gathered
 from training.ema import EMA
 from training.folder import StageFolder
 from training.guard import RollBack
@@ -36,6 +36,7 @@ from training.observers import say
 from training.optim import make_optimizer
 from training.preflight import Plan, network_config, world_size
 from training.randomness import keyed_seed, stage_key
+from training.stage_settings import Power
 from training.stopping import StopAtSignal
 
 COMPILED_MULTIPLE = 16  # caption rows of a batch: fewer lengths, fewer graphs
@@ -124,15 +125,20 @@ def _attempt(
         network.double()
     if config.compile:
         network.compile_blocks()
+    network.fsdp_wrap_fn = parallel.is_unit  # pyright: ignore
     model = DiffusionModel(network, _objective(plan, name, rollbacks))
+    begun = ""
     if dist.get_global_rank() == 0:
-        folder.begin(plan, name)  # now that the weights are known to fit
+        if start is not None:
+            previous = StageFolder(start.path.parent)
+            start.require_weights(previous.live if previous.live.exists() else previous.model)
+        begun = folder.begin(plan, name)  # now that the weights are known to fit
         mirror.put_records(path)
         mirror.catch_up(path)
     averages = start.averages if start else None
     ema = EMA(model.dit, stage.averages(), stage.ema_start, averages)
     own = observers.callbacks(
-        plan, name, path, model, ema, rollbacks, bill, stop, mirror.put_checkpoint
+        plan, name, path, begun, model, ema, rollbacks, bill, stop, mirror.put_checkpoint
     )
     trainer = _trainer(plan, name, path, model, [*own, *callbacks, stop], resume, rollbacks)
     if start is not None and stage.keep_moments:
@@ -142,8 +148,8 @@ def _attempt(
     try:
         if done < stage.steps:
             trainer.fit()
+        _export(plan, name, path, model, ema)
         if dist.get_global_rank() == 0:
-            _export(plan, name, path, model, ema)
             curve.draw(journal.read(path.metrics), f"{config.name}, stage {name}", path.curve)
             mirror.put_weights(path)
             say(f"stage {name}: finished, weights in {config.run_folder() / folder.MODEL}")
@@ -262,6 +268,7 @@ def _trainer(
             optimizers=optimizer,
             callbacks=callbacks,
             loggers=loggers,
+            parallelism_config=parallel.settings(config),
             run_name=f"{config.name}-{name}",
             progress_bar=False,
             spin_dataloaders=False,
@@ -285,7 +292,12 @@ def _trainer(
 
 
 def _export(plan: Plan, name: str, path: StageFolder, model: DiffusionModel, ema: EMA) -> None:
-    """The finished stage's weights, the first average of them also as those of the run."""
+    """The finished stage's weights, the first average of them also as those of the run. All ranks
+    gather them, the first writes."""
+    tensors = gathered(model.dit.state_dict())
+    averages = {n: a["values"] for n, a in ema.state_dict()["averages"].items()}
+    if dist.get_global_rank() > 0:
+        return
     config, stage, sources = plan.config, plan.config.stages[name], plan.data[name]
     live = weights.Passport(
         run=config.name,
@@ -305,13 +317,14 @@ def _export(plan: Plan, name: str, path: StageFolder, model: DiffusionModel, ema
         config=config.model_dump(mode="json"),
     )
     if not stage.ema or stage.steps < stage.ema_start:
-        weights.save(path.model, model.dit, {}, live)
+        weights.write(path.model, tensors, live)
     else:
-        weights.save(path.live, model.dit, {}, live)
-        # The first comes last: with it the stage is finished.
+        weights.write(path.live, tensors, live)
+        # The first comes last: with it the stage is finished. One that has not begun, because the
+        # last step was skipped, is the weights.
         for number, (average, profile) in reversed([*enumerate(stage.averages().items())]):
             kind = average if isinstance(profile, Power) else profile
             passport = live.model_copy(update={"weights": "ema", "ema": kind})
             file = path.average(average) if number else path.model
-            weights.save(file, model.dit, ema.averaged(average), passport)
+            weights.write(file, {**tensors, **averages.get(average, {})}, passport)
     folder.link(path.model, config.run_folder() / folder.MODEL)

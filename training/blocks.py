@@ -13,6 +13,7 @@ from training.layers import (
     layer_norm,
 )
 from training.moe import ExpertChoiceMLP
+from training.recompute import Normed
 
 CAPTION_STD_OUT = 0.02
 
@@ -29,8 +30,8 @@ class CaptionBlock(nn.Module):
 
     def forward(self, y: Tensor, bias: Tensor | None) -> Tensor:
         """y (B, L, d), bias (B, 1, 1, L) -> (B, L, d)."""
-        y = y + self.attn(self.norm1(y), bias)
-        return y + self.mlp(self.norm2(y))
+        y = y + self.attn(Normed(y, self.norm1), bias)
+        return y + self.mlp(Normed(y, self.norm2))
 
     def initialise(self, generator: torch.Generator | None) -> None:
         self.attn.initialise(CAPTION_STD_OUT, generator)
@@ -48,11 +49,6 @@ class Modulation(nn.Sequential):
     def initialise(self) -> None:
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift of tokens (B, T, d), with shift and scale (B, 1, d)."""
-    return torch.addcmul(shift, x, 1 + scale)  # one pass over x, and one less saved for backward
 
 
 class DiTBlock(nn.Module):
@@ -83,10 +79,10 @@ class DiTBlock(nn.Module):
         """x (B, T, d), condition (B, D), caption (B, L, d), bias (B, 1, 1, L) -> (B, T, d)."""
         modulation = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation
-        h = self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
+        h = self.attn(Normed(x, self.norm1, shift_attn, scale_attn))
         x = torch.addcmul(x, gate_attn, h)
-        x = x + self.cross_attn(self.norm2(x), caption, bias)
-        h = self.mlp(modulate(self.norm3(x), shift_ffn, scale_ffn))
+        x = x + self.cross_attn(Normed(x, self.norm2), caption, bias)
+        h = self.mlp(Normed(x, self.norm3, shift_ffn, scale_ffn))
         return torch.addcmul(x, gate_ffn, h)
 
     def initialise(self, std_out: float, generator: torch.Generator | None) -> None:
@@ -108,7 +104,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x (B, T, d), condition (B, D) -> (B, T, p * p * C)."""
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(Normed(x, self.norm_final, shift, scale).value())
 
     def initialise(self) -> None:
         nn.init.zeros_(self.linear.weight)

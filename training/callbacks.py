@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from composer import Callback, Logger, State
 from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 
 from pipeline.core.errors import SettingError
-from training.config import Stage
 from training.folder import StageFolder
 from training.guard import Guard, RollBack
 from training.meter import Meter
 from training.metrics import Metrics
 from training.model import DiffusionModel
 from training.optim import learning_rate
+from training.stage_settings import Stage
 from training.stopping import StopAtSignal
 
 
@@ -45,34 +47,46 @@ class SaveCheckpoints(Callback):
     stops at the file it finds.
 
     Args:
+        begun: fingerprint of what the stage was begun with; each checkpoint says it.
         keep: how many stay.
         stop: says whether the run ends after this step.
         copy: called with each checkpoint that is whole, on the first rank.
+        say: shows a line (step, text) to the user.
     """
 
     def __init__(
         self,
         folder: StageFolder,
         stage: Stage,
+        begun: str,
         keep: int,
         guard: Guard,
         meter: Meter,
         metrics: Metrics,
         stop: StopAtSignal,
         copy: Callable[[Path], None],
+        say: Callable[[int, str], None],
     ) -> None:
         self._folder = folder
         self._guard = guard
         self._meter = meter
         self._metrics = metrics
         self._stage = stage
+        self._begun = begun
         self._keep = keep
         self._stop = stop
         self._copy = copy
+        self._say = say
+        self._took = 0.0  # seconds, of the last one
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
-            self._folder.remove_parts()
+            for name in self._folder.remove_parts():
+                self._say(
+                    state.timestamp.batch.value,
+                    f"an earlier start was killed while it wrote {name.split('.')[0]}.pt; if that "
+                    "was after SIGTERM, it needs more time (docs/train.md)",
+                )
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value
@@ -86,11 +100,17 @@ class SaveCheckpoints(Callback):
                 if self._stop.now:
                     return  # the next start goes on from before the trouble
                 raise
+            if self._stop.now:
+                before = f" (the last one took {self._took:.0f} s)" if self._took else ""
+                self._say(step, f"SIGTERM: saving a checkpoint{before}")
             self._metrics.write()  # a resumed run writes the lines after this step only
             self._save(state, step)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"begun": self._begun}
+
     def _save(self, state: State, step: int) -> None:
-        path = self._folder.checkpoint(step)
+        began, path = time.perf_counter(), self._folder.checkpoint(step)
         part = self._folder.part(step)
         try:
             # Nothing of ours depends on the global generators that "rng" holds.
@@ -108,6 +128,7 @@ class SaveCheckpoints(Callback):
             for old in self._folder.checkpoints()[: -self._keep]:
                 old.unlink()
             self._copy(path)
+        self._took = time.perf_counter() - began
 
 
 def _publish(part: Path, path: Path) -> None:

@@ -11,16 +11,18 @@ from typing import Any, TypedDict
 
 import torch
 from composer import State
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.torch_version import TorchVersion
 
 from pipeline.core.errors import SettingError
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
+from training.folder import StageFolder
+from training.official import PREFIX
 from training.safe_load import load
 
-PREFIX = "dit."  # of the network in the ComposerModel, as in the released project's checkpoints
 RESOLUTION = ("input_size", "pos_interp_scale")  # of DiTConfig; no weights depend on them
 
 
@@ -85,6 +87,31 @@ class CheckpointState:
         except RuntimeError as error:
             raise SettingError(f"{self.path}: {' '.join(str(error).split())[:300]}") from error
 
+    def require_weights(self, file: Path) -> None:
+        """That the checkpoint is what its finished stage's weights were written from.
+
+        Args:
+            file: with the live weights.
+
+        Raises:
+            SettingError: other weights.
+        """
+        name = "no whole file"
+        try:
+            with safe_open(file, "pt") as weights:
+                for key, value in self.model.items():
+                    name = key.removeprefix(PREFIX)
+                    if not torch.equal(weights.get_tensor(name), value):
+                        break
+                else:
+                    return
+        except SafetensorError:
+            pass  # truncated, or without a tensor of this name
+        raise SettingError(
+            f"{self.path}: holds other weights than {file} ({name}); put the stage's own there, or "
+            "remove its folder"
+        )
+
     def restore_moments(self, state: State) -> None:
         """The optimizer's moments; the learning rate and other settings stay the new stage's.
 
@@ -101,7 +128,12 @@ class CheckpointState:
         groups = [
             {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
         ]
-        set_optimizer_state_dict(state.model, optimizer, optim_state_dict=self.optimizers[own])
+        set_optimizer_state_dict(
+            state.model,
+            optimizer,
+            optim_state_dict=self.optimizers[own],
+            options=StateDictOptions(full_state_dict=state.fsdp_enabled),
+        )
         for group, settings in zip(optimizer.param_groups, groups, strict=True):
             group.update(settings)
 
@@ -125,8 +157,8 @@ def read(path: Path) -> CheckpointState:
     """A checkpoint's weights, averages and optimizer state, on the CPU.
 
     Raises:
-        SettingError: not there, truncated, holding more than data, or of another stage than the
-            folder is named after.
+        SettingError: not there, truncated, holding more than data, or of another stage than that
+            whose folder it is in.
     """
     try:
         state = load(path)["state"]
@@ -139,6 +171,12 @@ def read(path: Path) -> CheckpointState:
                 "remove it"
             )
         callbacks = state["callbacks"]
+        own, expected = callbacks["SaveCheckpoints"].get("begun"), StageFolder(path.parent).begun()
+        if own and expected and own != expected:
+            raise SettingError(
+                f"{path}: is of a stage that was begun with other settings or weights than "
+                f"{path.parent / 'settings.json'} says; put this stage's own there, or remove it"
+            )
         return CheckpointState(
             path,
             state["model"],

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.blocks import Modulation, modulate
+from training.blocks import Modulation
 from training.dit_config import DECODER_HEADS, DiTConfig
 from training.layers import FEED_FORWARDS, INIT_STD, SelfAttention, layer_norm, position_table
 from training.masking.tokens import TokenMask
+from training.recompute import Normed
 
 
 class DecoderEntry(nn.Module):
@@ -28,7 +29,8 @@ class DecoderEntry(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x (B, K, D), condition (B, D) -> (B, K, d)."""
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(F.layer_norm(x, (self.width,), eps=self.eps), shift, scale))
+        h = F.layer_norm(x, (self.width,), eps=self.eps)
+        return self.linear(torch.addcmul(shift, h, 1 + scale))
 
     def initialise(self) -> None:
         self.adaLN_modulation.initialise()
@@ -52,9 +54,9 @@ class DecoderBlock(nn.Module):
         """x (B, T, d), condition (B, D) -> (B, T, d)."""
         modulation = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation
-        h = self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
+        h = self.attn(Normed(x, self.norm1, shift_attn, scale_attn))
         x = torch.addcmul(x, gate_attn, h)
-        h = self.mlp(modulate(self.norm2(x), shift_ffn, scale_ffn))
+        h = self.mlp(Normed(x, self.norm2, shift_ffn, scale_ffn))
         return torch.addcmul(x, gate_ffn, h)
 
     def initialise(self, std_out: float, generator: torch.Generator | None) -> None:

@@ -17,7 +17,8 @@ from composer import Callback, Logger, State
 from torch import Tensor, nn
 
 from training.checkpoints import Average
-from training.config import Power
+from training.dtensors import gathered, local, parts_as
+from training.stage_settings import Power
 
 
 class EMA(Callback):
@@ -41,7 +42,7 @@ class EMA(Callback):
         start: int = 0,
         before: Mapping[str, Average] | None = None,
     ) -> None:
-        self._parameters = dict(network.named_parameters())
+        self._network = network
         self._exponents = {n: _exponent(p) for n, p in profiles.items() if isinstance(p, Power)}
         self._decays = {n: p for n, p in profiles.items() if not isinstance(p, Power)}
         self._names = list(profiles)
@@ -51,9 +52,9 @@ class EMA(Callback):
         self.skip = False  # set by the guard: the last step changed no weight
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        device = next(iter(self._parameters.values())).device
+        weights = dict(self._network.named_parameters())
         for name, average in self._averages.items():
-            values = {k: v.to(device) for k, v in average["values"].items()}
+            values = {k: parts_as(v, weights[k]) for k, v in average["values"].items()}
             self._averages[name] = {"updates": average["updates"], "values": values}
         if state.timestamp.batch.value == 0:
             self._begin(0)
@@ -65,21 +66,11 @@ class EMA(Callback):
         self._begin(state.timestamp.batch.value)
         for name, average in begun:
             average["updates"] += 1
-            values = [average["values"][key] for key in self._parameters]
+            weights = self._weights()
+            values = [local(average["values"][key]) for key in weights]
+            parts = [local(weight) for weight in weights.values()]
             weight = 1 - self._beta(name, average["updates"])
-            torch._foreach_lerp_(values, self._weights(), weight)  # pyright: ignore
-
-    def names(self) -> list[str]:
-        """Of the averages, the stage's main one first."""
-        return self._names
-
-    def averaged(self, name: str | None = None) -> dict[str, Tensor]:
-        """The average of this name, or the main one, by parameter name; the weights themselves
-        where there is none, or it has not begun."""
-        average = self._averages.get(name or next(iter(self._names), ""))
-        if average is not None:
-            return average["values"]
-        return {k: v.detach() for k, v in self._parameters.items()}
+            torch._foreach_lerp_(values, parts, weight)  # pyright: ignore
 
     def averages(self) -> dict[str, dict[str, Tensor]]:
         """Every average that there is by now, by parameter name: "ema", the main one, first, the
@@ -91,7 +82,13 @@ class EMA(Callback):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"averages": self._averages}
+        """All ranks have to ask together: averages of weights in parts are gathered."""
+        return {
+            "averages": {
+                name: {"updates": average["updates"], "values": gathered(average["values"])}
+                for name, average in self._averages.items()
+            }
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._averages = state["averages"]
@@ -100,8 +97,7 @@ class EMA(Callback):
         if step >= self._start:
             for name in self._names:
                 if name not in self._averages:
-                    copies = [weight.clone() for weight in self._weights()]
-                    values = dict(zip(self._parameters, copies, strict=True))
+                    values = {key: weight.clone() for key, weight in self._weights().items()}
                     self._averages[name] = {"updates": 0, "values": values}
 
     def _beta(self, name: str, update: int) -> float:
@@ -109,8 +105,9 @@ class EMA(Callback):
             return (1 - 1 / update) ** self._exponents[name]
         return self._decays[name]
 
-    def _weights(self) -> list[Tensor]:
-        return [parameter.detach() for parameter in self._parameters.values()]
+    def _weights(self) -> dict[str, Tensor]:
+        # Asked for each time: FSDP2 puts others in their place when the trainer is made.
+        return {name: weight.detach() for name, weight in self._network.named_parameters()}
 
 
 def _exponent(profile: Power) -> float:

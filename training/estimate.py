@@ -7,11 +7,11 @@ from collections.abc import Callable
 import yaml
 
 from pipeline.core.tokens import row_bytes
-from training.config import Stage
 from training.dit_config import DiTConfig
 from training.flops import flops_per_image, num_parameters
 from training.masking.ratio import ratio_steps
 from training.preflight import Plan, Source, network_config
+from training.stage_settings import Stage
 
 STEP_PASSES = 3  # a training step costs three forward passes: forward, and twice that backward
 FLOAT16 = 2  # bytes
@@ -95,7 +95,12 @@ def _hours(plan: Plan, flops: float) -> float:
 
 def _data_line(plan: Plan) -> str:
     if not plan.data:
-        return f"data: not all there under {plan.config.data.root}; bytes follow from the formats"
+        trimmed = plan.config.data.text == "trimmed"
+        longest = f" for the longest captions, {plan.text.length} rows" if trimmed else ""
+        return (
+            f"data: not all there under {plan.config.data.root}; bytes follow from the formats"
+            f"{longest}"
+        )
     sources = next(iter(plan.data.values()))
     counts = ", ".join(f"{s.name} {s.samples:,}" for s in sources)
     return f"data: {counts} samples of split {plan.config.data.split}; bytes are measured"

@@ -17,10 +17,10 @@ from composer.utils import dist
 from torch import Tensor
 
 from training.buffers import Pool
-from training.config import Evaluate
 from training.heldout import Picture
 from training.loader import Sample, collate
 from training.randomness import keyed_seed
+from training.settings import Evaluate
 from training.subject import Subject
 from training.swap import swapped
 

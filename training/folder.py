@@ -17,6 +17,7 @@ A stage is finished when its model.safetensors is there: it is written last.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -26,12 +27,13 @@ from typing import Any
 
 from pipeline.core.errors import SettingError
 from pipeline.core.store import Store, fingerprint
-from training import initial
+from training import header, initial
 from training.preflight import Plan
 
 MODEL = "model.safetensors"
 SETTINGS = "settings.json"
 ROLLBACKS = "rollbacks.json"
+WEIGHTS_BEFORE = "weights_before"  # in a stage's settings: sha256 of the file it goes on from
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,12 @@ class StageFolder:
     def samples(self, step: int) -> Path:
         return self.path / "samples" / f"step-{step:08d}.png"
 
+    def begun(self) -> str | None:
+        """Fingerprint of what the stage was begun with; None where that is not recorded."""
+        if not self.settings.exists():
+            return None
+        return fingerprint(json.loads(self.settings.read_text()))
+
     def rollbacks(self) -> list[dict[str, Any]]:
         """The stage's roll-backs, oldest first; see `add_rollback`."""
         path = self.path / ROLLBACKS
@@ -89,10 +97,12 @@ class StageFolder:
         """A checkpoint in the making; Composer reads compression out of other endings than .pt."""
         return self.path / f".step-{step:08d}.part.pt"
 
-    def remove_parts(self) -> None:
-        """What a killed run left half-written."""
-        for path in self.path.glob(".*.part*"):
+    def remove_parts(self) -> list[str]:
+        """Deletes what a killed run left half-written; the names of the checkpoints among it."""
+        parts = sorted(self.path.glob(".*.part*"))
+        for path in parts:
             path.unlink()
+        return [path.name.removeprefix(".") for path in parts if path.match(".step-*.part.pt")]
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
@@ -101,6 +111,13 @@ class StageFolder:
 
 def stage_folder(plan: Plan, name: str) -> StageFolder:
     return StageFolder(plan.config.run_folder() / name)
+
+
+def stage_before(plan: Plan, name: str) -> StageFolder | None:
+    """Of the stage whose weights this one begins with; None for the first."""
+    names = list(plan.config.stages)
+    place = names.index(name)
+    return stage_folder(plan, names[place - 1]) if place else None
 
 
 def unfinished(plan: Plan) -> list[str]:
@@ -120,10 +137,11 @@ def link_last(plan: Plan) -> None:
 
 
 def check(plan: Plan) -> None:
-    """Refuses to go on with, or to skip, a stage that was begun with other settings.
+    """Refuses to go on with, or to skip, a stage that was begun with other settings, and to go on
+    with one whose beginnings, the weights of the stage before, are gone or others.
 
     Raises:
-        SettingError: names the settings, old and new.
+        SettingError: names the settings, old and new, or the file.
     """
     names = list(plan.config.stages)
     asked = plan.config.stage
@@ -136,21 +154,58 @@ def check(plan: Plan) -> None:
     for name in names:
         folder = stage_folder(plan, name)
         if folder.settings.exists():
-            begun = json.loads(folder.settings.read_text())
-            changes = differences(begun, decisive_settings(plan, name))
-            if changes:
+            found = changes(plan, name, json.loads(folder.settings.read_text()))
+            if found:
                 raise SettingError(
-                    f"{folder.path} was begun with other settings ({'; '.join(changes[:5])}); "
+                    f"{folder.path} was begun with other settings ({'; '.join(found[:5])}); "
                     f"choose another folder (folder=runs/NAME), or remove {folder.path} and the "
                     "stages after it"
                 )
+    for first, second in itertools.pairwise(names):
+        if asked in ("", second):
+            _check_beginnings(stage_folder(plan, first), stage_folder(plan, second))
 
 
-def begin(plan: Plan, name: str) -> None:
-    """Records what a stage is begun with."""
-    store = Store(plan.config.run_folder())
+def changes(plan: Plan, name: str, begun: dict[str, Any]) -> list[str]:
+    """In which settings a stage differs from those that it was begun with, as recorded."""
+    settings = {key: value for key, value in begun.items() if key != WEIGHTS_BEFORE}
+    return differences(settings, decisive_settings(plan, name))
+
+
+def begin(plan: Plan, name: str) -> str:
+    """Records what a stage is begun with, unless it goes on from a checkpoint: then that stands.
+
+    Returns:
+        The record's fingerprint, by which checkpoints know it.
+    """
+    store, folder = Store(plan.config.run_folder()), stage_folder(plan, name)
     store.write_json("config.json", plan.config.model_dump(mode="json"))
-    store.write_json(f"{name}/{SETTINGS}", decisive_settings(plan, name))
+    if not (folder.checkpoints() and folder.settings.exists()):
+        record, before = decisive_settings(plan, name), stage_before(plan, name)
+        if before is not None:
+            record[WEIGHTS_BEFORE] = header.file_hash(before.model)
+        store.write_json(f"{name}/{SETTINGS}", record)
+    return folder.begun() or ""
+
+
+def _check_beginnings(before: StageFolder, folder: StageFolder) -> None:
+    if not (folder.finished() or folder.checkpoints()):
+        return
+    if not before.finished():
+        raise SettingError(
+            f"{before.model} is missing, and stage {folder.path.name} began from it; put "
+            f"{before.path} back, or remove {folder.path} and the stages after it to train them "
+            "anew"
+        )
+    if folder.finished() or not folder.settings.exists():
+        return  # nothing more will come of it
+    begun = json.loads(folder.settings.read_text()).get(WEIGHTS_BEFORE)  # older runs have none
+    if begun is not None and begun != header.file_hash(before.model):
+        raise SettingError(
+            f"{before.model} holds other weights than those that stage {folder.path.name} began "
+            f"from (sha256 {begun[:12]}…); put them back, or remove {folder.path} and the stages "
+            "after it to train them anew"
+        )
 
 
 def decisive_settings(plan: Plan, name: str) -> dict[str, Any]:
@@ -162,11 +217,11 @@ def decisive_settings(plan: Plan, name: str) -> dict[str, Any]:
     own = stage.model_dump(mode="json", exclude={"save_every", "microbatch", "sources"})
     first = name == next(iter(config.stages))
     start = {"init_from": initial.content_hash(config)} if config.init_from and first else {}
-    names = list(config.stages)
-    before = names[names.index(name) - 1] if not first else None
+    before = stage_before(plan, name)
+    after = f"{before.path.name} {_fingerprint(plan, before.path.name)}" if before else None
     return start | {
         # The stage before, and what decided its result: this one goes on from its weights.
-        "after": f"{before} {fingerprint(decisive_settings(plan, before))}" if before else None,
+        "after": after,
         "seed": config.seed,
         "precision": "fp64" if config.precision == "fp64" else None,  # moments and averages too
         "data": data | {"sources": config.sources_of(stage)},
@@ -179,6 +234,10 @@ def decisive_settings(plan: Plan, name: str) -> dict[str, Any]:
         "optimizer": config.optimizer.model_dump(mode="json"),
         "stage": own,
     }
+
+
+def _fingerprint(plan: Plan, name: str) -> str:
+    return fingerprint(decisive_settings(plan, name))
 
 
 def link(target: Path, name: Path) -> None:

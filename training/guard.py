@@ -19,10 +19,10 @@ import torch
 from composer import Callback, Logger, State
 from composer.utils import dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from training.config import Guard as Settings
+from training.dtensors import local, whole
 from training.ema import EMA
+from training.settings import Guard as Settings
 
 NORMAL = 1.4826  # a normal distribution's standard deviation in median absolute deviations
 
@@ -82,8 +82,8 @@ class Guard(Callback):
     def after_train_batch(self, state: State, logger: Logger) -> None:
         parameters = [p for p in state.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])  # pyright: ignore
-        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        both = torch.stack((self._loss / self._samples, whole.float()))
+        norm = whole(norm)
+        both = torch.stack((self._loss / self._samples, norm.float()))
         dist.all_reduce(both, reduce_operation="SUM")  # what is no number stays none in a sum
         loss, self.norm = (both / dist.get_world_size()).tolist()
         self._reason = self._judge(loss, self.norm)
@@ -112,7 +112,7 @@ class Guard(Callback):
 
     def require_finite(self, state: State) -> None:
         """Raises RollBack where a weight is no number: it must not get into a checkpoint."""
-        weights = [p.to_local() if isinstance(p, DTensor) else p for p in state.model.parameters()]
+        weights = map(local, state.model.parameters())
         finite = torch.stack([weight.isfinite().all() for weight in weights]).all().int()
         dist.all_reduce(finite, reduce_operation="MIN")  # ranks may hold different parts
         if not finite.item():

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pipeline.core.errors import SettingError
 from pipeline.core.manifest import TextFacts, VaeFacts, mismatches
 from training import header
-from training.config import Config
+from training.settings import Config
 
 if TYPE_CHECKING:
     from training.preflight import Plan

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.recompute import Normed, gelu_linear, swiglu, unit_norm
+
 TIME_CHANNELS = 512
 """Channels of the sinusoid that encodes the noise level, at every model width."""
 TIME_MAX_PERIOD = 10_000.0
@@ -56,14 +58,11 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * attn_width, bias=False)
         self.proj = nn.Linear(attn_width, width, bias=False)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Normed, bias: Tensor | None = None) -> Tensor:
         """x (B, T, d) -> (B, T, d); ``bias`` (B, 1, 1, T) is added to the scores of each key."""
-        width, heads = self.attn_width, (-1, self.head_dim)
-        # split, not slices: the gradient of the parts is then one concatenation instead of
-        # two zero-padded tensors and their sum. q and k share one call of the norm.
-        qk, v = self.qkv(x).split((2 * width, width), dim=-1)
-        q, k = F.layer_norm(qk.unflatten(-1, (2, width)), (width,), eps=self.eps).unbind(-2)
-        q, k, v = (part.unflatten(-1, heads).transpose(1, 2) for part in (q, k, v))
+        q, k, v = x.project(self.qkv.weight, parts=3)
+        q, k = unit_norm(q, self.eps), unit_norm(k, self.eps)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (q, k, v))
         return self.proj(attend(q, k, v, bias).transpose(1, 2).flatten(2))
 
     def initialise(self, std_out: float, generator: torch.Generator | None) -> None:
@@ -90,12 +89,13 @@ class CrossAttention(nn.Module):
         if not isinstance(y, Tensor):
             return y
         k, v = self.kv_linear(y).chunk(2, dim=-1)
-        return self._heads(F.layer_norm(k, (self.width,), eps=self.eps)), self._heads(v)
+        return self._heads(unit_norm(k, self.eps)), self._heads(v)
 
-    def forward(self, x: Tensor, y: Tensor | KeysValues, bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Normed, y: Tensor | KeysValues, bias: Tensor | None = None) -> Tensor:
         """x (B, T, d), y (B, L, d) -> (B, T, d); ``bias`` (B, 1, 1, L) is added to the scores."""
         k, v = self.keys_values(y)
-        q = self._heads(F.layer_norm(self.q_linear(x), (self.width,), eps=self.eps))
+        (q,) = x.project(self.q_linear.weight)
+        q = self._heads(unit_norm(q, self.eps))
         return self.proj(attend(q, k, v, bias).transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -116,9 +116,9 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(width, hidden, bias=False)
         self.w3 = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., d) -> (..., d)."""
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+    def forward(self, x: Normed) -> Tensor:
+        """x (B, T, d) -> (B, T, d)."""
+        return swiglu(*x.project(self.w1.weight, self.w2.weight), self.w3.weight)
 
     def initialise(self, std_out: float, generator: torch.Generator | None) -> None:
         trunc_normal_(self.w1.weight, INIT_STD, generator)
@@ -139,9 +139,9 @@ class GeluMLP(nn.Module):
         self.w1 = nn.Linear(width, hidden, bias=False)
         self.w2 = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., d) -> (..., d)."""
-        return self.w2(F.gelu(self.w1(x)))
+    def forward(self, x: Normed) -> Tensor:
+        """x (B, T, d) -> (B, T, d)."""
+        return gelu_linear(*x.project(self.w1.weight), self.w2.weight)
 
     def initialise(self, std_out: float, generator: torch.Generator | None) -> None:
         trunc_normal_(self.w1.weight, INIT_STD, generator)

@@ -12,7 +12,7 @@ from composer.loggers import LoggerDestination
 from composer.utils import dist
 
 from pipeline.core.errors import SettingError
-from training.config import Config
+from training.settings import Config
 
 # Composer's logger for MLflow knows no newer one.
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow>=2.14.1,<3"}

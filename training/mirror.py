@@ -193,7 +193,7 @@ def fetch(plan: Plan) -> bool:
         if folder.SETTINGS not in names[name]:
             continue
         path = f"{name}/{folder.SETTINGS}"
-        changes = folder.differences(store.read_json(path), folder.decisive_settings(plan, name))
+        changes = folder.changes(plan, name, store.read_json(path))
         if changes:  # before anything of this run is replaced
             raise SettingError(
                 f"checkpoint.remote={url}: {path} there is of other settings "

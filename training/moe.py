@@ -6,10 +6,10 @@ batched matrix product. Tokens compete within their own sample only, never acros
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.layers import INIT_STD, trunc_normal_
+from training.recompute import Normed, experts
 
 
 def tokens_per_expert(tokens: int, num_experts: int, capacity: float) -> int:
@@ -52,18 +52,13 @@ class ExpertChoiceMLP(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden, width))
         self.gate = nn.Linear(width, num_experts, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Normed) -> Tensor:
         """x (B, T, d) -> (B, T, d)."""
-        batch, tokens, width = x.shape
-        k = tokens_per_expert(tokens, self.num_experts, self.capacity)
-        weight, rows = choose(self.gate(x).softmax(dim=-1), k)
-        rows = rows.flatten()
-        # Experts first, so that gathering already gives the batched product its layout.
-        chosen = x.flatten(0, 1).index_select(0, rows).view(self.num_experts, batch * k, width)
-        y = torch.bmm(F.gelu(torch.bmm(chosen, self.w1)), self.w2)
-        y = y * weight.reshape(self.num_experts, batch * k, 1).to(y.dtype)
-        out = y.new_zeros(batch * tokens, width)
-        return out.index_add_(0, rows, y.flatten(0, 1)).view(batch, tokens, width)
+        h = x.value()
+        k = tokens_per_expert(h.shape[1], self.num_experts, self.capacity)
+        weight, rows = choose(self.gate(h).softmax(dim=-1), k)
+        out = experts(h.flatten(0, 1), weight.flatten(1), rows.flatten(1), self.w1, self.w2)
+        return out.view_as(h)
 
     def initialise(self, std_out: float, generator: torch.Generator | None) -> None:
         trunc_normal_(self.w1, INIT_STD, generator)

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
+from training.dtensors import parts_as, whole
+
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic that pushes singular values towards 1, steepest at 0; Jordan et al."""
@@ -88,8 +90,8 @@ class Muon(torch.optim.Optimizer):
                 else:
                     scale = max(1, width_out / width_in) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                update = update.view_as(parameter).to(parameter.dtype)
-                parameter.add_(update, alpha=-group["lr"] * scale)
+                update = update.view(parameter.shape).to(parameter.dtype)
+                parameter.add_(parts_as(update, parameter), alpha=-group["lr"] * scale)
 
     def _update(self, group: dict[str, Any], parameter: Parameter) -> Tensor:
         """The gradient's running average, as matrices (N, m, n)."""
@@ -100,6 +102,7 @@ class Muon(torch.optim.Optimizer):
         update = state["momentum"].lerp_(grad, 1 - group["momentum"])
         if group["nesterov"]:
             update = grad.lerp(update, group["momentum"])
+        update = whole(update)  # a part of a matrix cannot be made orthogonal
         return update.reshape(group["matrices"] or len(update), -1, update.shape[-1])
 
     def _adamw(self, group: dict[str, Any], parameters: list[Parameter]) -> None:
@@ -154,7 +157,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     """Matrices (..., m, n) -> their U V^T, roughly: singular values between about 0.7 and 1.2.
 
     Each is normalised and orthogonalised for itself, by Newton-Schulz in bfloat16 on GPUs, which
-    it was made for, and in float32 elsewhere.
+    it was made for, and in float32 elsewhere; float64 stays as it is.
     """
     a, b, c = COEFFICIENTS
     x = matrices.to(_precision(matrices))
@@ -169,4 +172,6 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def _precision(matrices: Tensor) -> torch.dtype:
+    if matrices.dtype == torch.float64:  # for comparisons
+        return torch.float64
     return torch.bfloat16 if matrices.is_cuda else torch.float32

@@ -41,6 +41,7 @@ def callbacks(
     plan: Plan,
     name: str,
     path: StageFolder,
+    begun: str,
     model: DiffusionModel,
     ema: EMA,
     rollbacks: int,
@@ -51,6 +52,7 @@ def callbacks(
     """The callbacks of one stage, in the order in which they rely on each other.
 
     Args:
+        begun: fingerprint of what the stage was begun with.
         stop: says whether the run ends after a step.
         copy: called with each checkpoint that is whole.
 
@@ -95,7 +97,9 @@ def callbacks(
         Progress(name, stage.steps, config.logging.every, meter, guard, bill, price),
         *_evaluation(plan, name, subject),
         *_samples(plan, name, subject, path),
-        SaveCheckpoints(path, stage, config.checkpoint.keep, guard, meter, metrics, stop, copy),
+        SaveCheckpoints(
+            path, stage, begun, config.checkpoint.keep, guard, meter, metrics, stop, copy, tell
+        ),
     ]
 
 

@@ -27,7 +27,7 @@ from training.dit import MicroDiT
 from training.dit_config import MODELS, DiTConfig
 from training.layers import position_table
 
-PREFIX = "dit."
+PREFIX = "dit."  # of the network, in checkpoints of the official trainer and of this one
 BASE_GRID = 16  # patches along a side at 256 px, where positions have scale 1
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module")  # DDP's, compile's and FSDP's, in names
 _POSITION_TOLERANCE = 1e-5  # float32 of a table computed in float64, or bfloat16's own below

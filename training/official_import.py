@@ -13,10 +13,10 @@ from pipeline.core.errors import SettingError, nearest
 from pipeline.core.manifest import TextFacts, VaeFacts
 from pipeline.encoders import text_facts, vae_facts
 from training import official, weights
-from training.config import Model
 from training.dit import MicroDiT
 from training.dit_config import MODELS, DiTConfig
 from training.objectives.edm import EDM
+from training.settings import Model
 
 SIGMA_DATA = 0.9
 VAES = {4: "sdxl", 16: "ostris16"}

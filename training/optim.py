@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from training.config import Optimizer, Stage
 from training.layers import CrossAttention, GeluMLP, SelfAttention, SwiGLU
 from training.moe import ExpertChoiceMLP
 from training.muon import Group, Muon
+from training.settings import Optimizer
+from training.stage_settings import Stage
 
 
 def make_optimizer(network: nn.Module, settings: Optimizer, lr: float) -> torch.optim.AdamW | Muon:

@@ -29,9 +29,10 @@ from pipeline.core.mds import stored
 from pipeline.core.store import Store
 from pipeline.encoders import text_facts, vae_facts
 from training import initial
-from training.config import Config, Stage
 from training.dit_config import MODELS, DiTConfig
 from training.masking.ratio import ratio_steps
+from training.settings import Config
+from training.stage_settings import Stage
 from training.takedown import dropped_rows
 
 PATCH_SIZE = 2  # of every network of the paper

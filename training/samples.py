@@ -22,9 +22,10 @@ from torch import Tensor
 from pipeline.core.errors import SettingError
 from pipeline.core.latents import to_raw
 from pipeline.core.manifest import TextFacts, mismatches
-from training.config import Samples
+from training.parallel import for_sampling
 from training.randomness import picture_noise
-from training.sampler import sample
+from training.sampler import TextConditioned, sample
+from training.settings import Samples
 from training.sheet import contact_sheet
 from training.subject import Subject
 from training.swap import swapped
@@ -34,8 +35,9 @@ from training.text import Caption
 class SampleSheets(Callback):
     """Every N steps and at the end of a stage; a file a sheet, and an image to the loggers.
 
-    All ranks paint, since sharded weights need them all; the first decodes. The first average
-    paints where there is one, else the live weights.
+    All ranks paint, since weights in parts need them all; the first decodes. The first average
+    paints where there is one, else the live weights. What fails while weights in parts are gathered
+    ends the run: other ranks wait for this one's.
 
     Args:
         captions: gives the prompts with their token vectors; called when the first sheet is due.
@@ -60,6 +62,7 @@ class SampleSheets(Callback):
         self._decoder: Any = None
         self._path = path
         self._credit = credit
+        self._gathering = False
 
     def batch_end(self, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value
@@ -69,6 +72,8 @@ class SampleSheets(Callback):
             try:
                 self._paint(state, logger, step)
             except Exception as error:
+                if self._gathering:
+                    raise
                 # Pictures are for the eye; a run of days is not to end for them.
                 self.failed += 1
                 text = " ".join(str(error).split())[:200]
@@ -80,8 +85,11 @@ class SampleSheets(Callback):
             self._captions = self._read()
         averages = self._subject.averages()
         name = next(iter(averages), "live")
+        network = for_sampling(self._model.dit)
+        self._gathering = network is not self._model.dit
         with swapped(self._model.dit, averages[name]) if averages else nullcontext():
-            latents = self._latents(state, self._captions)
+            latents = self._latents(state, self._captions, network)
+        self._gathering = False
         if dist.get_global_rank() > 0:
             return
         pictures = self._decode(latents)
@@ -97,7 +105,7 @@ class SampleSheets(Callback):
         image = np.asarray(sheet)
         logger.log_images(image, "samples", channels_last=True, step=step, use_table=False)
 
-    def _latents(self, state: State, captions: list[Caption]) -> Tensor:
+    def _latents(self, state: State, captions: list[Caption], network: TextConditioned) -> Tensor:
         """Painted ones (N, C, S, S), on the model's device."""
         config, device = self._model.dit.config, next(self._model.parameters()).device
         shape = (config.in_channels, config.input_size, config.input_size)
@@ -112,7 +120,7 @@ class SampleSheets(Callback):
             part = slice(start, start + size)
             with get_precision_context(state.precision, state.precision_config):
                 latents = sample(
-                    self._model.dit,
+                    network,
                     self._model.objective.denoiser,
                     noise[part].to(device),
                     y[part].to(device),

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from training.dtensors import local, reshard
+
 
 @contextlib.contextmanager
 def swapped(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -17,22 +19,26 @@ def swapped(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]
     which knows tensors by their address, sees the change, and every bit comes back.
 
     Args:
-        weights: by parameter name, of the parameters' shapes, types and devices.
+        weights: by parameter name, of the parameters' shapes, types and devices, and in the same
+            parts where ranks hold a part each.
     """
+    reshard(network)
     # Allocated before the first value moves: want of memory must not leave half of them moved.
-    largest = max(network.parameters(), key=Tensor.numel)
+    largest = max(map(local, network.parameters()), key=Tensor.numel)
     spare = torch.empty_like(largest).flatten()
     _swap(network, weights, spare)
     try:
         yield
     finally:
+        reshard(network)
         _swap(network, weights, spare)
 
 
 @torch.no_grad()
 def _swap(network: nn.Module, weights: Mapping[str, Tensor], spare: Tensor) -> None:
     for name, parameter in network.named_parameters():
-        held = spare[: parameter.numel()].view_as(parameter)
-        held.copy_(parameter)
-        parameter.copy_(weights[name])
-        weights[name].copy_(held)
+        own, other = local(parameter), local(weights[name])
+        held = spare[: own.numel()].view_as(own)
+        held.copy_(own)
+        own.copy_(other)
+        other.copy_(held)

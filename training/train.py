@@ -42,6 +42,10 @@ def main(arguments: list[str]) -> int:
                 print(report(plan))
             return 0
         folder.check(plan)
+        if config.parallel != "ddp":
+            from training import parallel  # and torch with it
+
+            parallel.check(config)
         if _first_rank():
             folder.link_last(plan)
         if folder.unfinished(plan) or config.checkpoint.remote:

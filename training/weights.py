@@ -81,15 +81,6 @@ class Passport(BaseModel):
         return objective
 
 
-def save(path: Path, network: MicroDiT, averaged: dict[str, Tensor], passport: Passport) -> None:
-    """Writes the file whole under its name, or not at all.
-
-    Args:
-        averaged: replaces the network's own parameters of these names.
-    """
-    write(path, {**network.state_dict(), **averaged}, passport)  # detached
-
-
 def write(path: Path, tensors: dict[str, Tensor], passport: Passport) -> None:
     """Tensors as they are, of whatever type; the file appears whole under its name, or not at all.
 

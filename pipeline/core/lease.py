@@ -8,6 +8,7 @@ whose process has gone from this host, at once.
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ def held(
     """Holds the groups while the block runs.
 
     Args:
-        command: what to tell others about this run.
+        command: what to tell others about this run; queries and users of its links are left out.
         join: do not mind others who hold them.
         remedy: what the user can do where another holds them.
 
@@ -37,6 +38,7 @@ def held(
         SettingError: another run holds one of them.
     """
     me = process.identity()
+    shown = _without_secrets(command)
     stop = threading.Event()
     paths = [f"{group}/leases/{me}.json" for group in sorted(groups)]
     count = 0
@@ -49,7 +51,7 @@ def held(
     def raise_counter() -> None:
         nonlocal count
         count += 1
-        record = canonical_json({"owner": me, "command": command, "counter": count})
+        record = canonical_json({"owner": me, "command": shown, "counter": count})
         for path in paths:
             if not stop.is_set():
                 store.write(path, record)
@@ -117,3 +119,9 @@ def _refusal(path: str, who: str, record: bytes) -> str:
         f"{group} is being written by process {pid} on {host.rpartition('.')[0] or host} "
         f"({command})"
     )
+
+
+def _without_secrets(command: str) -> str:
+    """The command whose links have neither query (it may be a signature) nor user and password."""
+    command = re.sub(r"://[^\s/@'\"]*@", "://", command)
+    return re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]*", r"\1", command)

@@ -9,7 +9,14 @@ from pathlib import Path
 from pipeline.core.errors import SettingError
 
 # Weights as safetensors where they exist; never pickles of optimizers or other frameworks.
-_PATTERNS = ["*.json", "*.txt", "*.model", "*.safetensors", "open_clip_pytorch_model.bin"]
+_PATTERNS = [
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.safetensors",
+    "open_clip_pytorch_model.bin",
+]
 
 
 def is_hub_id(name: str) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.core.spool import scratch
 from pipeline.core.store import temporary_name
-from pipeline.sources.transfer import locked
+from pipeline.sources.scratch_files import locked
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -49,7 +49,7 @@ def sorted_rows(identity: str, make: Callable[[], Iterable[Row]], span: int) -> 
             if not target.exists():
                 _make(target, make(), span)
     else:
-        os.utime(target)  # in use: see transfer.remove_abandoned
+        os.utime(target)  # in use: see scratch_files.remove_abandoned
     return target
 
 

@@ -26,6 +26,7 @@ from pipeline.sources.packed import pictures
 
 ARCHIVE = re.compile(r"sa_(\d{6})\.tar")
 PICTURE = re.compile(r"sa_(\d+)\.\w+")
+TEXT = re.compile(r"(?:^|/)sa_(\d+)\.txt$")
 SCHEMES = ("http://", "https://", "s3://", "gs://")
 CAPTIONS = "SA1B_caption.tar.gz"
 SPAN = 50_000  # pictures whose captions are sorted together
@@ -148,7 +149,7 @@ def _published_rows(url: str) -> Iterator[Row]:
     with transfer.local(url) as path:
         texts = archives.members(path, limit=MAX_CAPTION_BYTES, unique=False)
         for member in texts:
-            match = re.fullmatch(r"sa_(\d+)\.txt", PurePosixPath(member.name).name)
+            match = TEXT.search(member.name)
             if match and not member.reason:
                 caption = readable(caption_text(member.data))
                 if caption:

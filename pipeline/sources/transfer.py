@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import random
 import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,12 +26,11 @@ from urllib.parse import urlsplit
 from pipeline.core.errors import StorageError
 from pipeline.core.spool import SCRATCH_VARIABLE, scratch
 from pipeline.core.store import size as readable
+from pipeline.sources.scratch_files import locked, record_of, remove, require_space
 
 ATTEMPTS = 8  # in a row that bring no new byte
 BACKOFF_S = 1.0  # before the second attempt; doubles, up to LONGEST_S
 LONGEST_S = 60.0
-RESERVE = 256 << 20  # bytes that a transfer leaves free on the disk
-ABANDONED_S = 24 * 3600.0  # a file nobody has touched for so long may go where space is short
 
 #: What transfers did in this process since somebody last took it: bytes, files, resumptions.
 COUNTERS: Counter[str] = Counter()
@@ -114,7 +111,7 @@ def local(
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(locked(target))
         with _explained(folder):
-            _Fetch(url, target, checksum).run()
+            Transfer(url, target, checksum).run()
         if keep:
             os.utime(target)  # in use: see remove_abandoned
             lock.close()  # nobody changes a whole file: it is replaced, if at all
@@ -123,7 +120,7 @@ def local(
         try:
             yield target
         finally:
-            _remove(target)
+            remove(target)
 
 
 def public(url: str) -> str:
@@ -139,13 +136,13 @@ def harmless(text: str) -> str:
     return re.sub(r"\?[^\s'\")>]*", "?…", re.sub(r"//[^/\s@]*@", "//", line))
 
 
-class _Fetch:
+class Transfer:
     """One file's way to the scratch folder, by whoever holds its lock."""
 
     def __init__(self, url: str, target: Path, checksum: str) -> None:
         self.url, self.target, self.checksum = url, target, checksum
         self.part = target.with_name(target.name + ".part")
-        self.record = _record(target)
+        self.record = record_of(target)
         self.facts = self._recorded()
 
     def run(self) -> None:
@@ -215,7 +212,7 @@ class _Fetch:
         else:
             COUNTERS["transfers resumed"] += 1
         if facts.size is not None:
-            _require_space(self.target.parent, facts.size - offset, self.url)
+            require_space(self.target.parent, facts.size - offset, _last_part(self.url))
         return open(self.part, "ab")
 
     def resumable(self) -> tuple[int, Facts]:
@@ -259,71 +256,8 @@ class _Fetch:
             return None
 
 
-def _record(target: Path) -> Path:
-    return target.with_name(target.name + ".json")
-
-
-def _lock(target: Path) -> Path:
-    return target.with_name(target.name + ".lock")
-
-
 def _last_part(url: str) -> str:
     return urlsplit(url).path.rstrip("/").rpartition("/")[2] or "file"
-
-
-def _remove(target: Path) -> None:
-    for path in _family(target):
-        path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def locked(target: Path) -> Iterator[IO[str]]:
-    """Holds a file's lock, which the kernel frees when its process dies."""
-    path = _lock(target)
-    while True:
-        lock = open(path, "w")  # noqa: SIM115
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
-                break
-        lock.close()  # its last holder has deleted it meanwhile: another process may hold a new one
-    try:
-        yield lock
-    finally:
-        if not lock.closed:
-            path.unlink(missing_ok=True)
-            lock.close()
-
-
-def _require_space(folder: Path, need: int, url: str) -> None:
-    if shutil.disk_usage(folder).free < need + RESERVE:
-        remove_abandoned(folder)
-    free = shutil.disk_usage(folder).free
-    if free < need + RESERVE:
-        raise StorageError(
-            f"{folder}: {readable(need)} needed for {_last_part(url)}, {readable(free)} free; free "
-            f"some space, or set {SCRATCH_VARIABLE} to a folder on a larger disk"
-        )
-
-
-def remove_abandoned(folder: Path) -> None:
-    """What killed runs have left, or kept for others, and nobody has used for a day."""
-    targets = {path.with_suffix("") for path in folder.glob("*.json")}
-    for target in targets | set(folder.glob("*.parquet")):
-        used = [path.stat().st_mtime for path in _family(target) if path.exists()]
-        if used and time.time() - max(used) > ABANDONED_S:
-            with open(_lock(target), "w") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                _remove(target)
-                _lock(target).unlink(missing_ok=True)
-
-
-def _family(target: Path) -> list[Path]:
-    """A file, and what lies beside it but its lock."""
-    return [target, _record(target), target.with_name(target.name + ".part")]
 
 
 @contextlib.contextmanager

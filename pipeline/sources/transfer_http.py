@@ -18,8 +18,8 @@ from pipeline.sources.transfer import (
     Changed,
     Facts,
     Interrupted,
+    Transfer,
     TransferError,
-    _Fetch,
     harmless,
     public,
 )
@@ -36,7 +36,7 @@ BLOCK = 1 << 20
 _RETRIED = (408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524)
 
 
-def fetch(job: _Fetch, url: str, headers: Mapping[str, str], known: Facts) -> None:
+def fetch(job: Transfer, url: str, headers: Mapping[str, str], known: Facts) -> None:
     """Appends to the job's file what is missing of it.
 
     Args:

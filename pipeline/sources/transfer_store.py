@@ -12,8 +12,8 @@ from pipeline.sources.transfer import (
     Changed,
     Facts,
     Interrupted,
+    Transfer,
     TransferError,
-    _Fetch,
     harmless,
     public,
 )
@@ -21,7 +21,7 @@ from pipeline.sources.transfer import (
 BLOCK = 32 << 20  # bytes of one request: what a cut connection costs
 
 
-def fetch(job: _Fetch, url: str, protocol: str) -> None:
+def fetch(job: Transfer, url: str, protocol: str) -> None:
     """Appends to the job's file what is missing of it.
 
     Raises:

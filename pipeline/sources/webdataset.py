@@ -5,8 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar
@@ -20,6 +19,7 @@ from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample
 from pipeline.sources import archives, hub, transfer
 from pipeline.sources.captions import caption_text
 from pipeline.sources.hosted import Hosted
+from pipeline.sources.wds_samples import Sample, samples, split_name
 
 MAX_TARS = 100_000  # ids have five digits
 MAX_JSON_BYTES = 1 << 20  # in memory it may take thirty times as much
@@ -226,49 +226,6 @@ class WebDataset(Hosted):
         given = pattern[: pattern.index("*")]
         known = where[: where.index("*")]
         return [given + name.removeprefix(known) for name in found]
-
-
-@dataclass
-class Sample:
-    """Files of a tar that share a name up to the first dot."""
-
-    stem: str
-    names: dict[str, str] = field(default_factory=dict)  # ending -> the member's whole name
-    data: dict[str, bytes] = field(default_factory=dict)  # ending -> content, of those read
-    refused: archives.Member | None = None  # the first that is: the whole sample goes
-
-
-def samples(found: Iterable[archives.Member]) -> Iterator[Sample]:
-    """Members to samples: those of one sample follow each other."""
-    sample: Sample | None = None
-    seen: set[str] = set()
-    for member in found:
-        if archives.is_hidden(member.name):
-            continue
-        stem, ending = split_name(member.name)
-        if sample is None or stem != sample.stem:
-            if sample is not None:
-                yield sample
-            sample = Sample(stem)
-            if stem in seen:
-                detail = f"{member.name[:200]!r}: its sample's other files lie elsewhere in the tar"
-                sample.refused = archives.Member(member.name, b"", "unsafe-member", detail)
-            seen.add(stem)
-        if member.reason:
-            sample.refused = sample.refused or member
-        else:
-            sample.names[ending] = member.name
-            if member.data:
-                sample.data[ending] = member.data
-    if sample is not None:
-        yield sample
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """ "./a/b.c.JPG" -> ("a/b", "c.jpg"): the convention's key and ending."""
-    folder, slash, last = name.removeprefix("./").rpartition("/")
-    stem, _, ending = last.partition(".")
-    return folder + slash + stem, ending.lower()
 
 
 def _listed(url: str) -> list[str]:

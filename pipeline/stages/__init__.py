@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pipeline.core.catalog import Catalog
 from pipeline.core.commits import Commit
@@ -36,6 +36,7 @@ class Needs:
     cpus: float = 1.0
     gpus: float = 0.0
     in_hand: int = 1  # shards at once: one is encoded while another is read or written
+    workers: int | None = None  # where nobody says how many; None: as many as there is room for
 
 
 class Worker(Protocol):
@@ -74,6 +75,20 @@ class Stage(Protocol):
 
     def manifest(self, group: str) -> Manifest | None:
         """The passport of a group that training reads; None for tars and captions."""
+        ...
+
+
+@runtime_checkable
+class Shows(Protocol):
+    """A stage that can show what it has made."""
+
+    def page(self, store: Store, counters: Counter[str], seconds: float) -> str:
+        """HTML that needs no other file, kept beside the run's report.
+
+        Args:
+            counters: what the run's workers counted.
+            seconds: the run took.
+        """
         ...
 
 

@@ -1,4 +1,5 @@
-"""Which caption a picture trains with: one captioner, or a seeded draw from a weighted mix."""
+"""Which caption a picture trains with: one captioner, or a seeded draw from a weighted mix; of
+several captions by one captioner, a seeded draw again."""
 
 from __future__ import annotations
 
@@ -65,9 +66,11 @@ def upstream(catalog: Catalog, source: str, mix: Mix, images: dict[str, Head]) -
         else:
             commits = catalog.heads(layout.captions_group(source, name))
             if not commits and images:
+                there = catalog.store.folders(f"{source}/captions")
+                others = f"; captions are there by {', '.join(there)}" if there else ""
                 raise SettingError(
                     f"captions: {name!r} has captioned nothing of {source}; run "
-                    f"`pipeline run caption --source {source} --captioner {name}`"
+                    f"`pipeline run caption --source {source} --captioner {name}`{others}"
                 )
         by_captioner[name] = {shard: head.content for shard, head in commits.items()}
     return {
@@ -82,6 +85,8 @@ def chosen_captions(
 ) -> dict[str, str]:
     """key -> caption for every picture of the shard, in order of key; "" where there is none.
 
+    Of several captions by the drawn captioner, (seed, key) draw one.
+
     Args:
         images: the commit of the shard's pictures.
         made: captioner -> content of its captions that the job was planned with.
@@ -90,7 +95,7 @@ def chosen_captions(
         BrokenShard: captions were redone meanwhile, or are not what was committed.
     """
     alt = read_alt_captions(store, layout.images_group(source), images)
-    tables: dict[str, dict[str, str]] = {ALT: alt}
+    tables: dict[str, dict[str, list[str]]] = {ALT: {key: [text] for key, text in alt.items()}}
     for name in mix.weights:
         if name != ALT:
             group = layout.captions_group(source, name)
@@ -98,6 +103,18 @@ def chosen_captions(
             if commit is None or commit.content() != made[name]:
                 raise BrokenShard(f"{group}/{images.shard} was redone while this run went on")
             table = from_parquet(read_file(store, group, commit, ".parquet"))
-            rows = table.select(["key", "caption"]).to_pylist()
-            tables[name] = {row["key"]: row["caption"] or "" for row in rows}
-    return {key: tables[mix.draw(seed, key)].get(key, "").strip() for key in sorted(alt)}
+            found = tables[name] = {}
+            for row in table.select(["key", "caption"]).to_pylist():  # in order of number
+                found.setdefault(row["key"], []).append(row["caption"] or "")
+    return {
+        key: one_of(tables[mix.draw(seed, key)].get(key, []), seed, key).strip()
+        for key in sorted(alt)
+    }
+
+
+def one_of(captions: list[str], seed: int, key: str) -> str:
+    """One of a picture's captions, a function of (seed, key) alone; "" where there are none."""
+    if len(captions) < 2:
+        return "".join(captions)
+    digest = hashlib.sha256(f"number:{seed}:{key}".encode()).digest()
+    return captions[int.from_bytes(digest[:8], "big") * len(captions) >> 64]

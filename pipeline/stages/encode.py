@@ -22,7 +22,7 @@ from pipeline.core.store import Store
 from pipeline.core.tokens import row_bytes
 from pipeline.encoders import find_text, find_vae
 from pipeline.stages import Job, Needs, Worker
-from pipeline.stages.captions import Mix, upstream
+from pipeline.stages.captions import ALT, Mix, upstream
 from pipeline.stages.latents import Recipe
 
 VERSION = 3  # bump when the bytes this stage writes change
@@ -229,7 +229,8 @@ class Encode:
         s = self.settings
         return {
             "captions": self.mix.weights,
-            "seed": s.seed if len(self.mix.weights) > 1 else None,
+            # A captioner may have written several captions of a picture, of which one is drawn.
+            "seed": None if list(self.mix.weights) == [ALT] else s.seed,
             "text": s.text,
             "dtype": s.text_dtype,
             "batch_size": s.batch(),

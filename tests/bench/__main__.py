@@ -10,9 +10,11 @@ from tests.bench.rows import show
 
 #: Name -> function that yields rows.
 BENCHMARKS = {
+    "caption": "tests.bench.caption:rows",
     "control": "tests.bench.control:rows",
     "decode": "tests.bench.decode:rows",
     "encode": "tests.bench.encode:rows",
+    "endpoint": "tests.bench.endpoint:rows",
     "loader": "tests.bench.loader:rows",
     "model": "tests.bench.model:rows",
     "overhead": "tests.bench.overhead:rows",

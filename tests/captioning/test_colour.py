@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-import pytest
 from PIL import Image
 
-from captioning import CAPTIONERS, load
+from captioning import load
 
 
 def test_one_colour_is_all_of_it():
@@ -23,15 +22,3 @@ def test_shares_decide_the_order():
 def test_captions_come_in_order():
     images = [Image.new("RGB", (8, 8), c) for c in ((0, 0, 0), (255, 255, 255))]
     assert [c.text for c in load("colour")(images)] == ["all black", "all white"]
-
-
-@pytest.mark.parametrize("name", CAPTIONERS)
-def test_every_captioner_of_the_table_says_who_it_is(name):
-    captioner = load(name)
-    assert captioner.name == name
-    assert captioner.revision
-
-
-def test_an_unknown_captioner_lists_those_there_are():
-    with pytest.raises(KeyError, match="known: colour"):
-        load("colours")

@@ -536,6 +536,23 @@ def test_a_run_that_is_killed_in_a_transfer_goes_on_where_it_was(server, tmp_pat
     assert tree(root) == tree(Path(undisturbed.root))
 
 
+@pytest.mark.slow
+def test_a_run_without_leave_ends_with_one_line(server, tmp_path):
+    server.repos["JourneyDB/JourneyDB"] = upstream.journeydb({"train": {0: ["a"]}})
+    server.gated.add("JourneyDB/JourneyDB")
+    command = [PIPELINE, "run", "download", "--source", "journeydb", "--root", str(tmp_path / "r")]
+    result = subprocess.run(
+        [*command, "--shards", "0", "--workers", "1"],
+        env={**os.environ, **server.environment(), "HF_TOKEN": "hf_wrong_token"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("pipeline: JourneyDB/JourneyDB is gated: ")
+    assert "Traceback" not in result.stderr
+    assert "hf_wrong_token" not in result.stdout + result.stderr
+
+
 def _wait_for(condition, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

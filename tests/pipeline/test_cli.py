@@ -22,6 +22,9 @@ def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     return int(stop.value.code or 0), captured.out, captured.err
 
 
+LLAVA = ["run", "caption", "--source", "openmoji", "--captioner", "llava-1.5-7b"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -34,6 +37,13 @@ def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
         (["run", "download", "--source", "openmoji", "--set", "size"], "KEY=VALUE"),
         (["run", "download", "--sauce", "x"], "--sauce"),
         (["run", "caption", "--source", "openmoji", "--captioner", "color"], 'mean "colour"'),
+        (["run", "caption", "--source", "openmoji", "--captioner", "no/such"], "fetch no/such"),
+        (["run", "caption", "--source", "openmoji", "--prompt", "short"], "prompt: no setting of"),
+        (["run", "caption", "--source", "openmoji", "--clean", "lowr"], 'did you mean "lower"'),
+        (["run", "caption", "--source", "openmoji", "--set", "x"], "KEY=VALUE"),
+        ([*LLAVA, "--prompt", "shrot"], 'did you mean "short"'),
+        ([*LLAVA, "--num-captions", "3"], "at temperature 0 a prompt gives one caption"),
+        ([*LLAVA, "--set", "threads=many"], "caption.threads='many'"),
         (["run", "encode", "--source", "openmoji", "--vae", "tiny5"], 'did you mean "tiny4"'),
         (["run", "encode", "--source", "openmoji", "--resolutions", "a"], "resolutions"),
         (["run", "encode"], "pipeline run download"),

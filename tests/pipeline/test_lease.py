@@ -104,3 +104,17 @@ def test_the_counter_rises_while_the_block_runs(tmp_path, monkeypatch):
         while store.read_json(f"{GROUP}/leases/{name}")["counter"] < 3:
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+
+def test_no_signature_or_password_lies_under_the_root(tmp_path):
+    store = Store(tmp_path)
+    link = "https://me:secret@host/list.tsv?X-Sig=secret&e=1"
+    command = f"pipeline run download --set 'links={link}' --set base={link} --workers 2"
+    with lease.held(store, [GROUP], command):
+        (name,) = store.names(f"{GROUP}/leases")
+        shown = store.read_json(f"{GROUP}/leases/{name}")["command"]
+    assert "secret" not in shown
+    assert shown == (
+        "pipeline run download --set 'links=https://host/list.tsv' "
+        "--set base=https://host/list.tsv --workers 2"
+    )

@@ -22,7 +22,7 @@ import pytest
 
 from pipeline.core.errors import SettingError, StorageError
 from pipeline.core.spool import SCRATCH_VARIABLE
-from pipeline.sources import hub, transfer, transfer_http
+from pipeline.sources import hub, scratch_files, transfer, transfer_http
 from pipeline.sources.transfer import TransferError, local
 from tests.pipeline.hub_server import COMMIT, SIGNATURE, Fault, HubServer
 
@@ -238,7 +238,9 @@ def _scratch_files() -> list[Path]:
 
 def test_a_full_disk_is_found_before_the_first_byte(server, monkeypatch):
     usage = shutil.disk_usage(transfer.scratch())
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=transfer.RESERVE + 9))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: usage._replace(free=scratch_files.RESERVE + 9)
+    )
     with pytest.raises(
         StorageError, match=r"300.0 KB needed for big.tar, 268.4 MB free; .*SCRATCH"
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,17 @@ def settings(root: Path, encoders: Encoders, folder: Path) -> dict[str, Any]:
             "full": {"steps": 7, "schedule": "cosine", "clip": 0.5, "keep_moments": True},
         },
     }
+
+
+def changed(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy of the settings with one dotted key set."""
+    result = copy.deepcopy(raw)
+    *path, last = key.split(".")
+    section = result
+    for part in path:
+        section = section.setdefault(part, {})
+    section[last] = value
+    return result
 
 
 def _stored(tokens: np.ndarray, dtype: str) -> dict[str, np.ndarray]:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import os
 import re
-import subprocess
-import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,17 +12,16 @@ import pytest
 import yaml
 
 from pipeline.core.errors import SettingError
-from pipeline.core.store import Store
-from tests.training.groups import Encoders, make_encoders, make_source, settings
+from tests.training.groups import Encoders, changed, make_encoders, make_source, settings
 from training import folder
-from training.config import NOISE, Config, Model, _keys, load, resolve
+from training.config import _keys, load, resolve
 from training.masking.ratio import ratio_at
 from training.masking.tread import Tread
 from training.preflight import MissingData, check
-from training.threads import share_cores
+from training.settings import Config, Model
+from training.stage_settings import NOISE
 
 ROOT = Path(__file__).parents[2]
-STARTUP_S = 2.0  # in which an error has to be out
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +32,6 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
 @pytest.fixture
 def raw(tmp_path: Path, encoders: Encoders) -> dict[str, Any]:
     return settings(tmp_path / "data", encoders, tmp_path / "run")
-
-
-def changed(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """A copy of the settings with one dotted key set."""
-    result = copy.deepcopy(raw)
-    *path, last = key.split(".")
-    section = result
-    for part in path:
-        section = section.setdefault(part, {})
-    section[last] = value
-    return result
 
 
 RUNS = sorted([*ROOT.glob("yamls/*.yaml"), *ROOT.glob("yamls/ablations/*.yaml")])
@@ -453,21 +436,6 @@ def test_a_source_with_a_weight_but_no_shards(raw: dict[str, Any], encoders: Enc
         check(resolve(changed(raw, "data.sources", {"toy": 1, "tyo": 2})))
 
 
-def test_kinds_of_latents_have_groups_of_their_own(raw: dict[str, Any], encoders: Encoders) -> None:
-    root = Path(raw["data"]["root"])
-    make_source(root, encoders)
-    wanted = changed(changed(raw, "data.latents", "moments"), "data.crop", "random")
-    with pytest.raises(MissingData) as error:
-        check(resolve(wanted))
-    assert "--latents moments --crop random" in str(error.value)
-    store = make_source(root, encoders, latents="moments", crop="random")
-    assert check(resolve(wanted)).data["full"][0].latents.latents == "moments"
-    path = next(root.glob("toy/latents/**/64.moments.random/manifest.json")).relative_to(root)
-    edit(store, str(path), {"latents": "sample"})
-    with pytest.raises(SettingError, match="latents: expected moments, found sample"):
-        check(resolve(wanted))
-
-
 def test_missing_settings_are_all_named(raw: dict[str, Any]) -> None:
     del raw["defaults"]["lr"], raw["data"]["vae"]
     with pytest.raises(SettingError) as error:
@@ -511,232 +479,3 @@ def test_sizes_of_the_network_are_the_networks_own() -> None:
     assert ours == {field.name for field in fields(DiTConfig)} - derived
     for arch in MODELS:
         Model(arch=arch)  # pyright: ignore
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"data.vae": "sdxll"}, 'vae=sdxll: unknown; did you mean "sdxl"?'),
-        ({"data.text_encoder": "dfn5b"}, 'text_encoder=dfn5b: unknown; did you mean "dfn5b-h14"?'),
-        ({"stages.full.resolution": 72}, "stages.full.resolution=72: must be a multiple of 16"),
-        (
-            {"stages.masked.mask_ratio": {"from": 0.1, "to": 0.95, "steps": 10}},
-            "stages.masked: mask_ratio 0.95: keeps none of 16 patches; at most 0.9375",
-        ),
-        (
-            {"stages.masked.mask": "block", "stages.masked.mask_block": 8},
-            "stages.masked: mask_block 8: does not divide the 4 x 4 patches of an image",
-        ),
-        (
-            {"stages.masked.mask": "tread", "stages.masked.tread_blocks": [1, 2]},
-            "stages.masked: tread_blocks [1, 2]: the backbone's last block is 1",
-        ),
-        ({"stages.masked.mask": "maskdit"}, "stages.masked: mask maskdit without a decoder: set"),
-        ({"model.width": 40}, "model: width 40: choose a multiple of head_dim 16"),
-        ({"stages.masked.mask_ratio": 0.99}, "stages.masked: mask_ratio 0.99: keeps none of 16"),
-    ],
-)
-def test_settings_that_do_not_fit(
-    raw: dict[str, Any], changes: dict[str, Any], message: str
-) -> None:
-    for key, value in changes.items():
-        raw = changed(raw, key, value)
-    with pytest.raises(SettingError) as error:
-        check(resolve(raw))
-    assert message in str(error.value)
-
-
-def test_ranks_share_the_batch(raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(SettingError, match=r"stages.masked.batch_size=8: .* 3 ranks"):
-        check(resolve(raw))
-
-
-def test_no_shards_names_the_command(raw: dict[str, Any]) -> None:
-    with pytest.raises(MissingData) as error:
-        check(resolve(raw))
-    message, data = str(error.value), raw["data"]
-    assert "no shards at" in message
-    assert f"`pipeline run encode --source toy --root {data['root']} --vae {data['vae']}" in message
-    assert "--resolutions 64 --captions alt --text trimmed`" in message
-
-
-def edit(store: Store, path: str, change: dict[str, Any]) -> None:
-    store.write_json(path, store.read_json(path) | change)
-
-
-@pytest.mark.parametrize(
-    ("group", "change", "message"),
-    [
-        ("latents", {"resolution": 128}, "resolution: expected 64, found 128"),
-        ("text", {"text": "full"}, "text: expected trimmed, found full"),
-        ("text", {"captions": "llava"}, "captions: expected alt, found llava"),
-    ],
-)
-def test_shards_made_otherwise_are_refused(
-    raw: dict[str, Any], encoders: Encoders, group: str, change: dict[str, Any], message: str
-) -> None:
-    store = make_source(Path(raw["data"]["root"]), encoders)
-    path = next(Path(store.root).glob(f"toy/{group}/**/manifest.json")).relative_to(store.root)
-    edit(store, str(path), change)
-    with pytest.raises(SettingError) as error:
-        check(resolve(raw))
-    assert message in str(error.value)
-    assert "--stale" in str(error.value)
-
-
-def test_a_vae_that_changed_is_refused(raw: dict[str, Any], encoders: Encoders) -> None:
-    store = make_source(Path(raw["data"]["root"]), encoders)
-    path = next(Path(store.root).glob("toy/latents/**/manifest.json")).relative_to(store.root)
-    facts = store.read_json(str(path))["vae"]
-    edit(store, str(path), {"vae": facts | {"scale": 0.13}})
-    with pytest.raises(SettingError, match=r"vae scale: expected 0.5, found 0.13"):
-        check(resolve(raw))
-
-
-def test_sources_of_different_weights_are_refused(raw: dict[str, Any], encoders: Encoders) -> None:
-    root = Path(raw["data"]["root"])
-    for name, found in {"toy": "cd", "other": "ab"}.items():
-        of_weights(make_source(root, encoders, name=name), name, found)
-    with pytest.raises(SettingError, match="toy and other were encoded by different vaes"):
-        check(resolve(changed(raw, "data.sources", ["toy", "other"])))
-
-
-def of_weights(store: Store, name: str, sha256: str) -> None:
-    path = next(Path(store.root).glob(f"{name}/latents/**/manifest.json")).relative_to(store.root)
-    edit(store, str(path), {"vae": store.read_json(str(path))["vae"] | {"weights_sha256": sha256}})
-
-
-def test_weights_of_imported_groups_are_unknown(raw: dict[str, Any], encoders: Encoders) -> None:
-    """`pipeline convert import` cannot tell what made the latents; others must still agree."""
-    root = Path(raw["data"]["root"])
-    for name, found in {"imported": "", "toy": "ab", "other": "ab"}.items():
-        of_weights(make_source(root, encoders, name=name), name, found)
-    sources = changed(raw, "data.sources", ["imported", "toy", "other"])
-    assert len(check(resolve(sources)).data["full"]) == 3
-    of_weights(Store(root), "other", "cd")
-    with pytest.raises(SettingError, match="toy and other were encoded by different vaes"):
-        check(resolve(sources))
-
-
-def test_files_that_are_gone(raw: dict[str, Any], encoders: Encoders) -> None:
-    store = make_source(Path(raw["data"]["root"]), encoders)
-    next(Path(store.root).glob("toy/latents/**/00001-*.mds")).unlink()
-    with pytest.raises(MissingData, match="1 of 2 shard files are missing"):
-        check(resolve(raw))
-
-
-def test_shards_without_captions(raw: dict[str, Any], encoders: Encoders) -> None:
-    store = make_source(Path(raw["data"]["root"]), encoders)
-    path = str(next(Path(store.root).glob("toy/text/**/index.json")).relative_to(store.root))
-    index = store.read_json(path)
-    edit(store, path, {"shards": index["shards"][1:], "inputs": index["inputs"][1:]})
-    with pytest.raises(MissingData, match=r"1 of 2 shards have latents but no captions.*00000"):
-        check(resolve(raw))
-
-
-def test_too_few_samples(raw: dict[str, Any], encoders: Encoders) -> None:
-    make_source(Path(raw["data"]["root"]), encoders, samples=3)
-    with pytest.raises(SettingError, match=r"batch_size=8: the train split has only 6 samples"):
-        check(resolve(raw))
-
-
-def test_no_shard_of_the_split(raw: dict[str, Any], encoders: Encoders) -> None:
-    make_source(Path(raw["data"]["root"]), encoders)
-    with pytest.raises(MissingData, match=r"no shard of split val .*heldout, train"):
-        check(resolve(changed(raw, "data.split", "val")))
-
-
-def train(*arguments: str, cwd: Path = ROOT) -> tuple[subprocess.CompletedProcess[str], float]:
-    """`python training/train.py …` and its seconds."""
-    start = time.monotonic()
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "training/train.py"), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-    )
-    return result, time.monotonic() - start
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["yamls/1b.yaml", "data.root={tmp}"], "no shards at"),
-        (
-            ["yamls/demo.yaml", "stages.full.lrr=1"],
-            'stages.full.lrr: unknown key; did you mean "lr"',
-        ),
-        (["yamls/nothing.yaml"], "yamls/nothing.yaml: No such file or directory"),
-    ],
-)
-def test_mistakes_are_one_line_and_quick(
-    tmp_path: Path, arguments: list[str], message: str
-) -> None:
-    # The best of three: the machine may be busy, and the limit is about what we import.
-    runs = [train(*(a.format(tmp=tmp_path) for a in arguments)) for _ in range(3)]
-    result, _ = runs[0]
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-    assert not result.stdout
-    assert min(seconds for _, seconds in runs) < STARTUP_S
-
-
-def test_settings_are_checked_without_heavy_imports() -> None:
-    program = (
-        "import sys, training.train, training.generate\n"
-        "print(sorted({'torch', 'composer', 'streaming', 'pyarrow'} & sys.modules.keys()))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    assert result.stdout.strip() == "[]"
-
-
-def test_threads_wait_politely_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    monkeypatch.setenv("GOMP_SPINCOUNT", "")
-    monkeypatch.delenv("GOMP_SPINCOUNT")
-    share_cores()
-    assert os.environ["GOMP_SPINCOUNT"] == "1000"
-    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    share_cores()
-    assert os.environ["GOMP_SPINCOUNT"] == "7"
-
-
-def test_dry_run_without_data(tmp_path: Path) -> None:
-    result, _ = train("yamls/1b.yaml", "dry_run=true", f"data.root={tmp_path}")
-    assert result.returncode == 0, result.stderr
-    assert "parameters: 1,165,442,320" in result.stdout
-    rows = [
-        line.split() for line in result.stdout.splitlines() if line.startswith(("256-", "512-"))
-    ]
-    assert [row[3] for row in rows] == ["94.1", "238.1", "356.5", "1001"]  # GFLOP an image
-    assert [row[4] for row in rows] == ["165,888", "165,888", "190,464", "190,464"]  # bytes
-    assert "3.287e+20 FLOPs" in result.stdout
-    assert f"not all there under {tmp_path}" in result.stdout
-    resolved = yaml.safe_load(result.stdout.split("\nparameters:")[0])
-    assert resolved["stages"]["512-full"]["lr"] == 8e-5  # every stage is shown completed
-    assert Config.model_validate(resolved).stages["256-masked"].warmup == 2500
-
-
-def test_dry_run_measures_data(tmp_path: Path, raw: dict[str, Any], encoders: Encoders) -> None:
-    store = make_source(Path(raw["data"]["root"]), encoders)
-    path = tmp_path / "run.yaml"
-    path.write_text(json.dumps(raw))
-    result, _ = train(str(path), "dry_run=true")
-    assert result.returncode == 0, result.stderr
-    assert "data: toy 40 samples of split train; bytes are measured" in result.stdout
-    latents = sum(f.stat().st_size for f in Path(store.root).glob("toy/latents/**/0000[01]-*.mds"))
-    text = sum(f.stat().st_size for f in Path(store.root).glob("toy/text/**/0000[01]-*.mds"))
-    row = next(line for line in result.stdout.splitlines() if line.startswith("full "))
-    assert row.split()[4] == f"{latents / 40 + text / 14:,.0f}"
-
-
-def test_sizes_no_network_can_have(tmp_path: Path, raw: dict[str, Any]) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(json.dumps(changed(raw, "model.width", 40)))
-    result, _ = train(str(path), "dry_run=true")
-    assert result.returncode == 2
-    assert result.stderr.startswith("train: model: width 40: choose a multiple of head_dim 16")

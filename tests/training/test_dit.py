@@ -17,6 +17,7 @@ from training.dit_config import MODELS, DiTConfig
 from training.layers import GeluMLP, position_table
 from training.masking.deferred import Deferred
 from training.masking.tokens import TokenMask
+from training.recompute import Normed
 
 SHAPES = Path(__file__).parents[1] / "vectors" / "state_dict_shapes.json"
 RELEASED = {
@@ -132,8 +133,9 @@ def test_gelu_feed_forwards_have_two_matrices_and_as_many_parameters() -> None:
         count = sum(swiglu[key].numel() for key in swiglu if key.startswith(prefix))
         assert sum(state[key].numel() for key in own) == pytest.approx(count, rel=0.02)
     assert state["blocks.1.mlp.w1"].shape == swiglu["blocks.1.mlp.w1"].shape
-    mlp, x = GeluMLP(4, 6), torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
-    hidden = x @ mlp.w1.weight.T
+    mlp, norm = GeluMLP(4, 6), torch.nn.LayerNorm(4, bias=False)
+    x = Normed(torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)), norm)
+    hidden = norm(x.x) @ mlp.w1.weight.T
     hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
     torch.testing.assert_close(mlp(x), hidden @ mlp.w2.weight.T)
 

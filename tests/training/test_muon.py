@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from training.blocks import DiTBlock, Modulation
-from training.config import Muon as MuonSettings
-from training.config import Optimizer
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
 from training.moe import ExpertChoiceMLP
 from training.muon import Group, Muon, orthogonalise
 from training.optim import make_optimizer, parameter_groups
+from training.settings import Muon as MuonSettings
+from training.settings import Optimizer
 
 LR, DECAY, MOMENTUM = 0.03, 0.1, 0.9
 

@@ -19,7 +19,7 @@ from pipeline.core.errors import SettingError
 from tests.training.groups import SHIPPED, make_source, settings
 from training import assemble, weights
 from training.checkpoints import read
-from training.config import Muon, Optimizer, resolve
+from training.config import resolve
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
 from training.generate import main as generate
@@ -29,6 +29,7 @@ from training.objectives.edm import EDM
 from training.objectives.flow import Flow
 from training.optim import learning_rate, make_optimizer
 from training.preflight import Plan, check
+from training.settings import Muon, Optimizer
 
 # Composer's and streaming's own warnings; ours go through SettingError.
 pytestmark = pytest.mark.filterwarnings("ignore")

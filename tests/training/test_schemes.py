@@ -28,6 +28,7 @@ from training.objectives.denoiser import Denoiser
 from training.objectives.edm import EDM
 from training.objectives.flow import Flow
 from training.randomness import Draws, Rows, draw
+from training.recompute import Normed
 from training.sampler import sample
 
 Array = NDArray[Any]
@@ -142,10 +143,12 @@ def maskdit(parts: Parts, x: Array, at: At) -> Array:
     h = h @ entry.linear.weight.numpy().T + entry.linear.bias.numpy()
     h = filled(at, h, decoder.mask_token.numpy()) + decoder.pos_embed.numpy()
     for block in cast(Iterable[DecoderBlock], decoder.blocks):
-        six = np.split(parts.run(block.adaLN_modulation, parts.condition.numpy()), 6, axis=1)
-        shift, scale, gate, shift2, scale2, gate2 = (vector[:, None] for vector in six)
-        h = h + gate * parts.run(block.attn, parts.run(block.norm1, h) * (1 + scale) + shift)
-        h = h + gate2 * parts.run(block.mlp, parts.run(block.norm2, h) * (1 + scale2) + shift2)
+        six = block.adaLN_modulation(parts.condition)[:, None].chunk(6, dim=-1)
+        shift, scale, gate, shift2, scale2, gate2 = six
+        read = Normed(torch.from_numpy(h), block.norm1, shift, scale)
+        h = h + (gate * block.attn(read)).numpy()
+        read = Normed(torch.from_numpy(h), block.norm2, shift2, scale2)
+        h = h + (gate2 * block.mlp(read)).numpy()
     return parts.final(h)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from training.config import Stage
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
 from training.masking.deferred import Deferred
@@ -16,6 +15,7 @@ from training.model import DiffusionModel, Objective, drop_captions
 from training.objectives.edm import EDM
 from training.optim import learning_rate
 from training.randomness import Rows, draw, keyed_seed
+from training.stage_settings import Stage
 
 CPU = torch.device("cpu")
 

@@ -101,8 +101,52 @@ def test_sigterm_saves_and_the_run_goes_on(
     assert 0 < step < STEPS
     if not ranks:
         assert f"train: SIGTERM: the same command goes on from {saved}" in said
+    assert f"masked {step}/{STEPS}  SIGTERM: saving a checkpoint\n" in said
+    StageFolder(saved.parent).part(STEPS).write_bytes(b"half")  # as a kill leaves it
     result = run(path, ranks)
+    lost = f"masked {step}/{STEPS}  an earlier start was killed while it wrote step-{STEPS:08}.pt"
+    assert lost in result.stderr
     assert result.returncode == 0, result.stdout + result.stderr
     if not ranks:  # sums of two ranks' gradients round differently
         found, expected = load_file(tmp_path / "run/masked/live.safetensors"), load_file(whole)
         assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+# argv: whose main. Its limit is 1 s here, in the place of 30.
+LAUNCHER = """
+import datetime, importlib, sys
+from composer.cli import launcher
+launcher.CLEANUP_TIMEOUT = datetime.timedelta(seconds=1)
+sys.exit(importlib.import_module(sys.argv.pop(1)).main())
+"""
+# A rank that needs 4 s to end in order.
+RANK = """
+import pathlib, signal, sys, time
+
+def save(number, frame):
+    time.sleep(4)
+    pathlib.Path(sys.argv[2]).touch()
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, save)
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize(
+    ("main", "code"), [("composer.cli.launcher", 256 - 9), ("training.launch", 143)]
+)
+def test_the_patient_launcher(tmp_path: Path, main: str, code: int) -> None:
+    script, up, saved = (tmp_path / name for name in ("rank.py", "up", "saved"))
+    script.write_text(RANK)
+    command = [sys.executable, "-W", "ignore", "-c", LAUNCHER, main, "-n", "1"]
+    process = subprocess.Popen([*command, str(script), str(up), str(saved)], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not up.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) % 256 == code
+    assert saved.exists() == (main == "training.launch")

@@ -22,7 +22,7 @@ from pipeline.core.errors import SettingError
 from tests.training.groups import make_encoders, make_source, settings
 from tests.training.runs import Watch, equal, last_losses, plan_of, run_process
 from training import assemble, weights
-from training.checkpoints import allow_only_data, read
+from training.checkpoints import read
 from training.dit import MicroDiT
 from training.folder import StageFolder
 from training.leftovers import SHM, run_number
@@ -218,72 +218,6 @@ def test_micro_batches_do_not_change_the_result(
     assemble.run(plan_of(data, tmp_path / "run", stages=stages), [watch])
     expected = trained[1].losses["toy-masked"]
     assert watch.losses["toy-masked"] == pytest.approx(expected, rel=1e-3)
-
-
-class Evil:
-    """Unpickling this would write a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.write_text, (self.path, "code ran"))
-
-
-@pytest.mark.parametrize("kind", ["truncated", "evil", "hidden", "other"])
-def test_unusable_checkpoints(
-    data: dict[str, Any], trained: tuple[Plan, Watch], tmp_path: Path, kind: str
-) -> None:
-    """Where a stage would go on from one, and where the next stage would begin with one."""
-    source = trained[0].config.run_folder()
-    good = source / "masked/step-00000010.pt"
-    bad, sign = tmp_path / "bad.pt", tmp_path / "sign"
-    if kind == "truncated":
-        bad.write_bytes(good.read_bytes()[:50_000])
-    elif kind == "evil":
-        torch.save({"state": {"model": Evil(sign)}}, bad)
-    elif kind == "hidden":  # beside all that a whole checkpoint has
-        state = torch.load(good, weights_only=True)
-        state["state"]["callbacks"]["Evil"] = Evil(sign)
-        torch.save(state, bad)
-    else:
-        torch.save({"state": {"something": 1}}, bad)
-    for stage, step in (("full", 4), ("masked", 10)):
-        copy = tmp_path / stage
-        shutil.copytree(source, copy)
-        shutil.rmtree(copy / "full")
-        (copy / stage).mkdir(exist_ok=True)
-        shutil.copy(bad, copy / stage / f"step-{step:08d}.pt")
-        with pytest.raises(SettingError, match=rf"step-{step:08d}.pt") as error:
-            assemble.run(plan_of(data, copy))
-        assert len(str(error.value).splitlines()) == 1
-        assert ("holds pickled objects" in str(error.value)) == (kind in ("evil", "hidden"))
-    assert not sign.exists()
-
-
-@pytest.mark.parametrize(("stage", "step"), [("full", 4), ("masked", 10)])
-def test_a_checkpoint_of_another_stage(
-    data: dict[str, Any], trained: tuple[Plan, Watch], tmp_path: Path, stage: str, step: int
-) -> None:
-    """Where a stage would go on from it, and where the next stage would begin with it."""
-    source = trained[0].config.run_folder()
-    other = {"full": "masked/step-00000010.pt", "masked": "full/step-00000007.pt"}[stage]
-    copy = tmp_path / "run"
-    shutil.copytree(source, copy)
-    shutil.rmtree(copy / "full")
-    (copy / stage).mkdir(exist_ok=True)
-    shutil.copy(source / other, copy / stage / f"step-{step:08d}.pt")
-    with pytest.raises(SettingError, match=rf"is of run toy-\w+, not of stage {stage}; "):
-        assemble.run(plan_of(data, copy))
-
-
-def test_loading_runs_no_code(tmp_path: Path) -> None:
-    """Composer calls torch.load with weights_only=False; the variable overrules it."""
-    torch.save(Evil(tmp_path / "sign"), tmp_path / "evil.pt")
-    allow_only_data()
-    with pytest.raises(Exception, match=r"[Ww]eights"):
-        torch.load(tmp_path / "evil.pt", weights_only=False)
-    assert not (tmp_path / "sign").exists()
 
 
 def test_no_room_for_a_checkpoint(
