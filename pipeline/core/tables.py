@@ -28,4 +28,4 @@ def key_rows(keys: Iterable[str], rows: Iterable[int], **more: pa.Array) -> byte
 def from_parquet(data: bytes) -> pa.Table:
     # Without Arrow's threads: a process that ends soon after them is aborted now and then
     # ("terminate called without an active exception", exit 134). One shard needs none.
-    return pq.ParquetFile(io.BytesIO(data)).read(use_threads=False)
+    return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)

@@ -248,7 +248,7 @@ def _asked(url: str) -> tuple[str, bytes]:
         except transfer.Interrupted as error:
             if attempt == _ATTEMPTS - 1:
                 raise SettingError(f"repo={repo}: the hub does not answer: {error}") from None
-            time.sleep(transfer.BACKOFF_S * 2**attempt)
+            time.sleep(min(max(transfer.BACKOFF_S * 2**attempt, error.after_s), transfer.LONGEST_S))
         except transfer.TransferError as error:
             raise SettingError(f"repo={repo}: {error}") from None
     raise AssertionError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,7 +47,7 @@ def parse_footer(footer: bytes) -> Footer:
         ValueError: it is broken.
     """
     # pyarrow reads footers of files only: this is one without rows.
-    metadata = pq.read_metadata(io.BytesIO(MAGIC + footer))
+    metadata = pq.read_metadata(pa.BufferReader(MAGIC + footer))
     groups = tuple(metadata.row_group(n).num_rows for n in range(metadata.num_row_groups))
     digest = hashlib.sha256(footer).hexdigest()[:16]
     return Footer(groups, metadata.schema.to_arrow_schema(), digest)
