@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BeforeValidator, Field
 
-from pipeline.sources.http import listed
-from pipeline.sources.url_table import UrlList
+from pipeline.sources.tables.url_table import UrlList
 from pipeline.sources.urls import Urls
+from pipeline.sources.web.http import listed
 
 CLASSES = (
     "airplane",

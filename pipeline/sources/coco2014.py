@@ -14,9 +14,9 @@ from pydantic import Field
 from pipeline.core.errors import SettingError
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
-from pipeline.sources import archives, transfer
-from pipeline.sources.hosted import Hosted
-from pipeline.sources.lookup import Row, rows_of, sorted_rows
+from pipeline.sources.files import archives, transfer
+from pipeline.sources.files.hosted import Hosted
+from pipeline.sources.files.lookup import Row, rows_of, sorted_rows
 
 PICTURES = "zips/val2014.zip"
 ANNOTATIONS = "annotations/annotations_trainval2014.zip"

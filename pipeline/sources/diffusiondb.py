@@ -11,10 +11,10 @@ from pydantic import Field
 
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import InputShard, RawImage, Reject
-from pipeline.sources import transfer
-from pipeline.sources.hosted import Hosted
-from pipeline.sources.lookup import Row, rows_of, sorted_rows
-from pipeline.sources.packed import pictures
+from pipeline.sources.files import transfer
+from pipeline.sources.files.hosted import Hosted
+from pipeline.sources.files.lookup import Row, rows_of, sorted_rows
+from pipeline.sources.files.packed import pictures
 
 PARTS = 14_000
 FIRST_FOLDER = 10_000  # parts in it; the others are in the second

@@ -24,8 +24,8 @@ from pipeline.core.images import BadPicture
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import FAILED, ImageRef, InputShard, RawImage, Reject, sample_key
 from pipeline.core.store import Store, fingerprint
-from pipeline.sources.captions import caption_text
-from pipeline.sources.picture_table import ENDINGS, Row, read_rows
+from pipeline.sources.tables.captions import caption_text
+from pipeline.sources.tables.picture_table import ENDINGS, Row, read_rows
 
 #: What counts as a picture in a folder. Not all can be decoded: those are rejected, not skipped.
 PICTURES = (

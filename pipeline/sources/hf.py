@@ -25,9 +25,10 @@ from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
 from pipeline.core.spool import scratch
 from pipeline.core.store import Store
-from pipeline.sources import hub, parquet_rows, transfer
-from pipeline.sources.captions import choose
-from pipeline.sources.parquet_rows import Footer
+from pipeline.sources.files import hub, transfer
+from pipeline.sources.tables import parquet_rows
+from pipeline.sources.tables.captions import choose
+from pipeline.sources.tables.parquet_rows import Footer
 
 _HUB = "hf://datasets/"
 CONVERTED = "refs/convert/parquet"  # the hub's own branch of datasets that are not parquet

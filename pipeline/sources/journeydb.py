@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Literal
 
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import InputShard, RawImage, Reject
-from pipeline.sources import archives, transfer
-from pipeline.sources.hosted import Hosted
-from pipeline.sources.lookup import Row, rows_of, sorted_rows
-from pipeline.sources.packed import pictures
+from pipeline.sources.files import archives, transfer
+from pipeline.sources.files.hosted import Hosted
+from pipeline.sources.files.lookup import Row, rows_of, sorted_rows
+from pipeline.sources.files.packed import pictures
 
 #: Upstream's names of the annotations; "realease" is theirs.
 ANNOTATIONS = {

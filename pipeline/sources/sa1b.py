@@ -18,11 +18,11 @@ from pydantic import Field
 from pipeline.core.errors import SettingError
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import InputShard, RawImage, Reject
-from pipeline.sources import archives, transfer
-from pipeline.sources.captions import caption_text
-from pipeline.sources.hosted import Hosted
-from pipeline.sources.lookup import Row, rows_of, sorted_rows
-from pipeline.sources.packed import pictures
+from pipeline.sources.files import archives, transfer
+from pipeline.sources.files.hosted import Hosted
+from pipeline.sources.files.lookup import Row, rows_of, sorted_rows
+from pipeline.sources.files.packed import pictures
+from pipeline.sources.tables.captions import caption_text
 
 ARCHIVE = re.compile(r"sa_(\d{6})\.tar")
 PICTURE = re.compile(r"sa_(\d+)\.\w+")

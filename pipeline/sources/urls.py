@@ -14,10 +14,10 @@ from pydantic import BeforeValidator, Field, PrivateAttr
 from pipeline.core.rules import Rules
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
 from pipeline.core.store import Store
-from pipeline.sources import url_lists
-from pipeline.sources.http import FetchError, HttpSettings, fetch_all, listed
-from pipeline.sources.url_lists import Row
-from pipeline.sources.url_table import ENDINGS, UrlList
+from pipeline.sources.tables import url_lists
+from pipeline.sources.tables.url_lists import Row
+from pipeline.sources.tables.url_table import ENDINGS, UrlList
+from pipeline.sources.web.http import FetchError, HttpSettings, fetch_all, listed
 
 BYTES_A_PICTURE = 120_000  # in a tar, roughly: a photograph whose shorter side is 512
 

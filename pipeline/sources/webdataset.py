@@ -16,10 +16,10 @@ from pipeline.core import remote
 from pipeline.core.errors import SettingError
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
-from pipeline.sources import archives, hub, transfer
-from pipeline.sources.captions import caption_text
-from pipeline.sources.hosted import Hosted
-from pipeline.sources.wds_samples import Sample, samples, split_name
+from pipeline.sources.files import archives, hub, transfer
+from pipeline.sources.files.hosted import Hosted
+from pipeline.sources.files.wds_samples import Sample, samples, split_name
+from pipeline.sources.tables.captions import caption_text
 
 MAX_TARS = 100_000  # ids have five digits
 MAX_JSON_BYTES = 1 << 20  # in memory it may take thirty times as much

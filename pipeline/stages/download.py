@@ -16,7 +16,7 @@ from pipeline.core.commits import MAX_REJECT_RATE, Commit, read_commit
 from pipeline.core.rules import Rules, keep
 from pipeline.core.samples import FAILED, ImageSample, InputShard, RawImage, Reject
 from pipeline.core.store import Store, canonical_json, fingerprint, sha256
-from pipeline.sources import transfer
+from pipeline.sources.files import transfer
 from pipeline.stages import Job, Needs
 from pipeline.stages.images import stored_samples, write_images
 

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
-from pipeline.sources.archives import BrokenArchive, Member, is_picture, members
+from pipeline.sources.files.archives import BrokenArchive, Member, is_picture, members
 from pipeline.sources.webdataset import WebDataset
 from pipeline.stages.download import Download
 from tests.hostile import pictures

@@ -25,12 +25,12 @@ from pipeline.core.spool import SCRATCH_VARIABLE, scratch
 from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
 from pipeline.plan import Choice, plan
-from pipeline.sources import transfer
-from pipeline.sources.archives import BrokenArchive
 from pipeline.sources.coco2014 import Coco2014
+from pipeline.sources.files import transfer
+from pipeline.sources.files.archives import BrokenArchive
+from pipeline.sources.files.transfer import TransferError
 from pipeline.sources.journeydb import strip_flags
 from pipeline.sources.sa1b import SA1B
-from pipeline.sources.transfer import TransferError
 from pipeline.stages.download import Download
 from pipeline.stages.images import read_images
 from tests.pipeline import upstream
@@ -496,7 +496,7 @@ def test_settings_of_tars_that_cannot_be_used(settings, message):
 
 
 def test_more_samples_than_digits(server, store, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.sources.archives.is_picture", lambda name: False)
+    monkeypatch.setattr("pipeline.sources.files.archives.is_picture", lambda name: False)
     members = ((f"{n:06d}.txt", b"") for n in range(10_001))
     (tmp_path / "t.tar").write_bytes(upstream.tar(members))
     with pytest.raises(SettingError, match=r"more than 10000 samples; set digits=5"):
@@ -566,7 +566,7 @@ def test_tars_on_s3(tmp_path, monkeypatch):
 
     pytest.importorskip("s3fs")
     monkeypatch.setenv(SCRATCH_VARIABLE, str(tmp_path / "scratch"))
-    monkeypatch.setattr("pipeline.sources.transfer_store.BLOCK", 5000)
+    monkeypatch.setattr("pipeline.sources.files.transfer_store.BLOCK", 5000)
     with S3Server(tmp_path / "s3") as s3, variables(s3.environment()):
         for n in range(2):
             data = upstream.wds_tar(upstream.samples(n))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.sources.archives import BrokenArchive, members, named, names, open_member
+from pipeline.sources.files.archives import BrokenArchive, members, named, names, open_member
 from tests.pipeline import upstream
 
 FILES = [("a/0.jpg", b"zero" * 999), ("a/0.txt", b"caption"), ("a/1.jpg", b"one" * 5000)]

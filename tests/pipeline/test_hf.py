@@ -15,8 +15,9 @@ from pipeline.core.errors import SettingError
 from pipeline.core.samples import RawImage, Reject
 from pipeline.core.store import Store
 from pipeline.plan import Choice
-from pipeline.sources import parquet_rows, transfer
+from pipeline.sources.files import transfer
 from pipeline.sources.hf import HubDataset
+from pipeline.sources.tables import parquet_rows
 from pipeline.sources.textcaps import TextCaps
 from pipeline.stages.download import Download
 from tests.pipeline.hub_server import HubServer

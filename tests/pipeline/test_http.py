@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from pipeline.sources import http_answer, http_client, http_robots
-from pipeline.sources.http import FetchError, HttpSettings, fetch_all
-from pipeline.sources.http_address import Refused, anyone, parse, public_only
-from pipeline.sources.http_client import Client, Seam
-from pipeline.sources.http_room import Order, Room
+from pipeline.sources.web import http_answer, http_client, http_robots
+from pipeline.sources.web.http import FetchError, HttpSettings, fetch_all
+from pipeline.sources.web.http_address import Refused, anyone, parse, public_only
+from pipeline.sources.web.http_client import Client, Seam
+from pipeline.sources.web.http_room import Order, Room
 from tests.pipeline import web as servers
 from tests.pipeline.web import Web, serving
 

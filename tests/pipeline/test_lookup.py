@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from pipeline.core.spool import SCRATCH_VARIABLE, scratch
-from pipeline.sources import lookup, transfer
-from pipeline.sources.lookup import Row, rows_of, sorted_rows
+from pipeline.sources.files import lookup, transfer
+from pipeline.sources.files.lookup import Row, rows_of, sorted_rows
 
 
 @pytest.fixture(autouse=True)

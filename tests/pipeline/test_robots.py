@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.sources.robots import EVERYTHING, Rules, opt_out, parse
+from pipeline.sources.web.robots import EVERYTHING, Rules, opt_out, parse
 
 
 @pytest.mark.parametrize(

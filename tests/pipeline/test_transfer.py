@@ -22,8 +22,8 @@ import pytest
 
 from pipeline.core.errors import SettingError, StorageError
 from pipeline.core.spool import SCRATCH_VARIABLE
-from pipeline.sources import hub, scratch_files, transfer, transfer_http
-from pipeline.sources.transfer import TransferError, local
+from pipeline.sources.files import hub, scratch_files, transfer, transfer_http
+from pipeline.sources.files.transfer import TransferError, local
 from tests.pipeline.hub_server import COMMIT, SIGNATURE, Fault, HubServer
 
 DATA = random.Random(7).randbytes(300_000)
@@ -302,7 +302,7 @@ def test_many_processes_fetch_one_file_once(server):
 def test_a_killed_process_leaves_what_the_next_goes_on_from(server):
     fault = server.fault(hold=150_000)
     url = f"{server.url}/big.tar"
-    code = f"from pipeline.sources.transfer import local\nwith local({url!r}): pass"
+    code = f"from pipeline.sources.files.transfer import local\nwith local({url!r}): pass"
     process = subprocess.Popen([sys.executable, "-c", code])
     assert fault.begun.wait(30)
     part = _wait_for_part(150_000)

@@ -26,9 +26,10 @@ from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
 from pipeline.core.tars import read_samples
 from pipeline.plan import plan
-from pipeline.sources import http_robots, url_lists, url_table
 from pipeline.sources.cifar_captions import CLASSES, CifarCaptions, pattern
+from pipeline.sources.tables import url_lists, url_table
 from pipeline.sources.urls import Urls
+from pipeline.sources.web import http_robots
 from pipeline.stages.download import Download
 from tests.pipeline import web as servers
 from tests.pipeline.roots import run_here, tree

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from pipeline.core.errors import SettingError
-from pipeline.sources.transfer import Facts, Interrupted, TransferError, harmless
+from pipeline.sources.files.transfer import Facts, Interrupted, TransferError, harmless
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -115,7 +115,7 @@ def _explained(repo: str, revision: str, path: str = "") -> Iterator[None]:
     import requests
     from huggingface_hub import errors
 
-    from pipeline.sources.transfer_http import retry_after
+    from pipeline.sources.files.transfer_http import retry_after
 
     page = f"{(_endpoint() or 'https://huggingface.co').rstrip('/')}/datasets/{repo}"
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from pipeline.sources import archives
+from pipeline.sources.files import archives
 
 
 @dataclass

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.sources.archive_entry import (
+from pipeline.sources.files.archive_entry import (
     RATIO,
     BadMember,
     Entry,

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, field_validator
 
 from pipeline.core.errors import SettingError
 from pipeline.core.store import Store
-from pipeline.sources import hub
+from pipeline.sources.files import hub
 
 
 class Hosted(BaseModel):

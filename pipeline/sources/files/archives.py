@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
-from pipeline.sources.archive_entry import (
+from pipeline.sources.files.archive_entry import (
     MEMBER_BYTES,
     BadMember,
     BrokenArchive,
     Problem,
     too_large,
 )
-from pipeline.sources.archive_tar import infos, magic_of, open_tar, tar_members
-from pipeline.sources.archive_zip import zip_data, zip_members, zip_problem
+from pipeline.sources.files.archive_tar import infos, magic_of, open_tar, tar_members
+from pipeline.sources.files.archive_zip import zip_data, zip_members, zip_problem
 
 ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 

@@ -15,10 +15,17 @@ import aiohttp
 from aiohttp.abc import AbstractResolver
 from yarl import URL
 
-from pipeline.sources import robots
-from pipeline.sources.http import FetchError, HttpSettings
-from pipeline.sources.http_address import Judge, JudgedResolver, Refused, anyone, parse, public_only
-from pipeline.sources.http_answer import (
+from pipeline.sources.web import robots
+from pipeline.sources.web.http import FetchError, HttpSettings
+from pipeline.sources.web.http_address import (
+    Judge,
+    JudgedResolver,
+    Refused,
+    anyone,
+    parse,
+    public_only,
+)
+from pipeline.sources.web.http_answer import (
     AGAIN,
     GIVEN,
     REDIRECTS,
@@ -30,8 +37,8 @@ from pipeline.sources.http_answer import (
     read_start,
     retry_after,
 )
-from pipeline.sources.http_robots import SiteRules
-from pipeline.sources.http_room import Order, Room
+from pipeline.sources.web.http_robots import SiteRules
+from pipeline.sources.web.http_room import Order, Room
 
 MEMORY = 512_000_000  # bytes of bodies that came, or are coming, and were not taken yet
 LOOKUPS = 64  # names resolved at once

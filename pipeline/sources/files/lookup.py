@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.core.spool import scratch
 from pipeline.core.store import temporary_name
-from pipeline.sources.scratch_files import locked
+from pipeline.sources.files.scratch_files import locked
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from pipeline.core.errors import StorageError
 from pipeline.core.spool import SCRATCH_VARIABLE, scratch
 from pipeline.core.store import size as readable
-from pipeline.sources.scratch_files import locked, record_of, remove, require_space
+from pipeline.sources.files.scratch_files import locked, record_of, remove, require_space
 
 ATTEMPTS = 8  # in a row that bring no new byte
 BACKOFF_S = 1.0  # before the second attempt; doubles, up to LONGEST_S
@@ -183,11 +183,11 @@ class Transfer:
         COUNTERS["files transferred"] += 1
 
     def _attempt(self) -> None:
-        from pipeline.sources import transfer_http, transfer_store
+        from pipeline.sources.files import transfer_http, transfer_store
 
         protocol = self.url.split("://")[0]
         if protocol == "hf":
-            from pipeline.sources import hub
+            from pipeline.sources.files import hub
 
             link = hub.link(self.url)
             transfer_http.fetch(self, link.url, link.headers, link.facts)

@@ -80,7 +80,7 @@ def fetch_all(
     """
     if not urls:
         return
-    from pipeline.sources.http_client import Client
+    from pipeline.sources.web.http_client import Client
 
     done: queue.SimpleQueue[Any] = queue.SimpleQueue()
     loop = asyncio.new_event_loop()

@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable
 
 from yarl import URL
 
-from pipeline.sources import robots
-from pipeline.sources.http import FetchError
-from pipeline.sources.http_address import Refused
-from pipeline.sources.http_answer import REDIRECTS, Answer, Transient
+from pipeline.sources.web import robots
+from pipeline.sources.web.http import FetchError
+from pipeline.sources.web.http_address import Refused
+from pipeline.sources.web.http_answer import REDIRECTS, Answer, Transient
 
 VALID_S = 24 * 3600  # how long one is believed (RFC 9309)
 SITES = 20_000  # that a process remembers

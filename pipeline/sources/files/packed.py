@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
-from pipeline.sources.archives import Member, is_hidden, is_picture, members
+from pipeline.sources.files.archives import Member, is_hidden, is_picture, members
 
 #: From a picture's file name: its caption, or (reason, detail) of a reject.
 Describe = Callable[[str], str | tuple[str, str]]
@@ -28,7 +28,7 @@ def pictures(
         digits: of a picture's place in the archive, in its key.
 
     Raises:
-        BrokenArchive: see pipeline.sources.archives.
+        BrokenArchive: see pipeline.sources.files.archives.
     """
     index = 0
     for member in members(path, is_picture):

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.core import remote
 from pipeline.core.errors import SettingError
-from pipeline.sources.transfer import (
+from pipeline.sources.files.transfer import (
     COUNTERS,
     Changed,
     Facts,

@@ -19,7 +19,7 @@ import pyarrow as pa
 from pipeline.core.errors import BrokenShard, SettingError
 from pipeline.core.store import Store, canonical_json, fingerprint, sha256
 from pipeline.core.tables import from_parquet, to_parquet
-from pipeline.sources.url_table import ENDINGS, UrlList, readable, shown, split
+from pipeline.sources.tables.url_table import ENDINGS, UrlList, readable, shown, split
 
 SCHEMA = 1
 # What tells a file's version, in the words of the file systems.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
-from pipeline.sources.archive_entry import (
+from pipeline.sources.files.archive_entry import (
     RATIO,
     RATIO_FROM,
     BrokenArchive,

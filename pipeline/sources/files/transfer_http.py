@@ -13,7 +13,7 @@ from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
-from pipeline.sources.transfer import (
+from pipeline.sources.files.transfer import (
     COUNTERS,
     Changed,
     Facts,

@@ -1,0 +1,1 @@
+"""Large files of upstream, and what is packed into them: transfers, the hub, archives, lookups."""

@@ -1,0 +1,1 @@
+"""Pictures behind links: a client that is polite, and lets nobody in."""
