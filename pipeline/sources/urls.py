@@ -24,6 +24,13 @@ BYTES_A_PICTURE = 120_000  # in a tar, roughly: a photograph whose shorter side 
 Hash = Literal["md5", "sha256", "sha512"]
 
 
+def _pair(value: Any) -> Any:
+    found = listed(value)
+    if found is not None and len(found) not in (0, 2):
+        raise ValueError("write COLUMN,KIND, e.g. checksum,md5")
+    return found or None
+
+
 class Urls(HttpSettings):
     """Where the list is and how it is read; how servers are asked is in HttpSettings."""
 
@@ -35,7 +42,7 @@ class Urls(HttpSettings):
     #: None, or empty: pictures without captions, for a captioner to write.
     caption_col: Annotated[str | None, BeforeValidator(lambda v: v or None)] = "caption"
     #: [column, kind]: a picture with another hash is left out.
-    verify_hash: Annotated[tuple[str, Hash] | None, BeforeValidator(listed)] = None
+    verify_hash: Annotated[tuple[str, Hash] | None, BeforeValidator(_pair)] = None
     number_sample_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 10_000
 
     _kept: tuple[str, str] | None = PrivateAttr(None)  # root, folder

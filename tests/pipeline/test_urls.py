@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
@@ -489,6 +490,18 @@ def test_the_yaml_of_the_source_and_flags(tmp_path):
         config = load_config("urls", None, {**overrides, **more})
         with pytest.raises(SettingError, match=next(iter(bad))):
             build_stage("download", config)
+    config = load_config("urls", None, {**overrides, "download.verify_hash": "md5"})
+    with pytest.raises(SettingError, match=r"verify_hash='md5': .*write COLUMN,KIND"):
+        build_stage("download", config)
+
+
+def test_a_full_scratch_disk_is_named(tmp_path, store, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(url_table, "reader_class", lambda *_: lambda **_: full())
+    with pytest.raises(SettingError, match=r"no space left to read url_list=.*MICRODIT_SCRATCH"):
+        source(store, url_list=csv_of(tmp_path / "list.csv", ROWS)).shards()
 
 
 @pytest.mark.slow

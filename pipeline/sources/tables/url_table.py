@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import gzip
 import io
 import json
 import re
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import SettingError, nearest
-from pipeline.core.spool import scratch
+from pipeline.core.spool import SCRATCH_VARIABLE, scratch, scratch_folder
 from pipeline.sources.tables.url_reader import reader_class
 
 FORMATS = ("csv", "tsv", "json", "jsonl", "txt", "parquet")  # all but the last also as .gz
@@ -71,7 +71,7 @@ def shown(url: str) -> str:
 def split(fs: Any, path: str, format: str, wanted: UrlList) -> Iterator[pa.Table]:
     """The rows of one file that are wanted, a shard's at a time."""
     size = wanted.number_sample_per_shard
-    with tempfile.TemporaryDirectory(prefix="list-", dir=scratch()) as folder:
+    with scratch_folder("list") as folder:
         local = Path(path)
         if "file" not in fs.protocol:
             local = Path(folder, f"list.{format}")
@@ -170,6 +170,11 @@ def readable(wanted: UrlList, format: str = "") -> Iterator[None]:
             raise SettingError(f"{name}: {type(error).__name__}") from None
         raise SettingError(f"{name}: {str(error).splitlines()[0]}") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise SettingError(
+                f"{scratch()}: no space left to read {name}; free some, or set {SCRATCH_VARIABLE} "
+                "to a folder on a larger disk"
+            ) from None
         # A client's error quotes the link; its type and status say what is the matter.
         if isinstance(error, OSError) and error.strerror and "://" not in wanted.url_list:
             raise SettingError(f"{name}: {error.strerror}") from error
