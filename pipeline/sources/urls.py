@@ -11,12 +11,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr
 
+from pipeline.core.errors import SettingError
 from pipeline.core.rules import Rules
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
 from pipeline.core.store import Store
 from pipeline.sources.tables import url_lists
 from pipeline.sources.tables.url_lists import Row
-from pipeline.sources.tables.url_table import ENDINGS, UrlList
+from pipeline.sources.tables.url_table import ENDINGS, UrlList, shown
 from pipeline.sources.web.http import FetchError, HttpSettings, fetch_all, listed
 
 BYTES_A_PICTURE = 120_000  # in a tar, roughly: a photograph whose shorter side is 512
@@ -57,6 +58,8 @@ class Urls(HttpSettings):
         since the last plan is read again; within a run it stays as it was found."""
         if self._shards is None:
             found = url_lists.parts(*self._place(), self._list())
+            if not found:
+                raise SettingError(f"url_list={shown(self.url_list)}: no row in it that is wanted")
             self._shards = [
                 InputShard(f"{n:05d}", "train", (name, rows))
                 for n, (name, rows) in enumerate(found)

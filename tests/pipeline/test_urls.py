@@ -137,7 +137,8 @@ def test_text_is_taken_as_it_is_written(tmp_path, store):
     assert rows_of(source(store, url_list=str(csv))) == expected
     one = [("http://h/0", "007"), ("http://h/1", "1e3")]
     path = tmp_path / "list.json"
-    path.write_text(json.dumps([{"url": url, "caption": text} for url, text in one]))
+    records = [{"url": url, "caption": text} for url, text in one]
+    path.write_text(json.dumps(records), encoding="utf-8-sig")  # with a mark, as Windows does
     assert rows_of(source(store, url_list=str(path))) == one
     path = tmp_path / "list.txt"
     path.write_text("\n".join(links))
@@ -314,6 +315,8 @@ def test_a_column_that_is_not_there_is_named(tmp_path, store, format):
         ("list.json", b"{", "url_list="),
         ("list.json", b"[1, 2]", "a row is no JSON object"),
         ("list.csv", b'url,"caption\n' + b"http://h/0,x\n" * 20_000, "not a table in format csv"),
+        ("list.csv", "url,caption\nhttp://h/0,x\n".encode("utf-16"), "its header is no UTF-8"),
+        ("list.csv", b"url,caption\n", "no row in it that is wanted"),
         ("list.csv.gz", b"url,caption\n", "url_list="),
         ("list.dat", b"url,caption\n", "set input_format, one of"),
         ("gone/list.csv", None, "no such file"),
@@ -628,6 +631,20 @@ def test_links_of_coyo_that_name_a_class(tmp_path, store):
         *(("http://h/0/0", "a cat"), ("http://h/0/2", "dogs"), ("http://h/0/5", "bird")),
         *(("http://h/1/0", "a cat"), ("http://h/1/2", "dogs"), ("http://h/1/5", "bird")),
     ]
+    odd = tmp_path / "odd.parquet"
+    nothing = pa.nulls(1, pa.null())
+    pq.write_table(
+        pa.table({"url": ["h"], "text": ["cat"], "width": [300.0], "height": nothing}), odd
+    )
+    other = CifarCaptions(url_list=str(odd))
+    other.attach(store, LISTS)
+    assert rows_of(other) == [("h", "cat")]
+    other = CifarCaptions(
+        url_list=csv_of(odd.with_suffix(".csv"), [("h,wide,3", "cat")], "url,width,height,text")
+    )
+    other.attach(store, LISTS)
+    with pytest.raises(SettingError, match=r"url_list=.*Failed to parse string: 'wide'"):
+        other.shards()
     other = CifarCaptions(url_list=str(folder), classes=("house",), min_listed_size=0)
     other.attach(store, LISTS)
     assert [caption for _, caption in rows_of(other)] == ["a house"] * 2

@@ -47,7 +47,8 @@ def reader_class(text: Sequence[str], others: Sequence[str] = ()) -> Any:
     def read_json(file: IO[bytes]) -> Any:
         import pandas as pd
 
-        return pd.read_json(file, dtype=False, convert_dates=False)[columns]  # pyright: ignore
+        options = {"dtype": False, "convert_dates": False, "encoding": "utf-8-sig"}
+        return pd.read_json(file, **options)[columns]  # pyright: ignore
 
     def read_json_lines(file: IO[bytes]) -> pa.Table:
         return json.read_json(file).select(columns)

@@ -125,7 +125,8 @@ def _tables(path: Path, format: str, wanted: UrlList, folder: str) -> Iterator[p
             | {name: table[name] for name in wanted.more}
         )
         if wanted.choose is not None:
-            made = wanted.choose(made)
+            with readable(wanted, format):  # a column that holds something else
+                made = wanted.choose(made)
         yield made.select(list(names))
 
 
@@ -228,7 +229,10 @@ def _columns(path: Path, format: str) -> list[str]:
         return pq.read_schema(path).names
     with _opened(path, format) as file:
         if kind in ("csv", "tsv"):
-            return next(csv.reader(file, delimiter="," if kind == "csv" else "\t"), [])
+            header = next(csv.reader(file, delimiter="," if kind == "csv" else "\t"), [])
+            if any(letter in name for name in header for letter in "\0\ufffd"):
+                raise ValueError("its header is no UTF-8; save it as UTF-8")
+            return header
         if kind == "jsonl":
             rows = [json.loads(line) for line in islice(file, _LOOKED_AT) if line.strip()]
         else:
