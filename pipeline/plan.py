@@ -36,8 +36,14 @@ class Choice:
         """Whether a job is chosen; to be asked of each, in order.
 
         Raises:
-            SettingError: not a list of ids and ranges, a fraction not in (0, 1], a limit below 1.
+            SettingError: not a list of ids and ranges, a fraction not in (0, 1], a limit below 1,
+                or options that exclude each other.
         """
+        if self.force and self.retry_failed:
+            raise SettingError(
+                "--force --retry-failed: the one fetches everything again, the other only what "
+                "failed; give one of them"
+            )
         tests: list[Callable[[Job], bool]] = []
         if self.shards:
             ranges = [_range(part.strip(), self.shards) for part in self.shards.split(",")]

@@ -8,9 +8,9 @@ import io
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -50,7 +50,7 @@ class Header(NamedTuple):
 
 
 def read_header(data: bytes) -> Header:
-    """Format and size.
+    """Format and size. A PNG may say how it is turned behind its pixels: that is not seen here.
 
     Raises:
         BadPicture: "undecodable" or "too-large".
@@ -58,7 +58,8 @@ def read_header(data: bytes) -> Header:
     with _judged():
         image = _open(data)
         width, height = image.size
-        if _orientation(image) in _LYING:
+        # The base class's: PNG's own decodes every picture in search of EXIF at its end.
+        if _orientation(image, Image.Image.getexif) in _LYING:
             width, height = height, width
         # Their headers tell; a GIF would be read to its end.
         animated = image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False)
@@ -243,10 +244,12 @@ def _pillow(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _orientation(image: Image.Image) -> object:
+def _orientation(
+    image: Image.Image, exif: Callable[[Any], Image.Exif] = lambda image: image.getexif()
+) -> object:
     """The EXIF orientation, 1 to 8. EXIF that cannot be read turns nothing: the pixels are good."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        return exif(image).get(ExifTags.Base.Orientation, 1)
     except Exception:
         return 1
 

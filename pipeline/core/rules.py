@@ -50,14 +50,17 @@ def keep(raw: RawImage, rules: Rules) -> ImageSample | Reject:
     that one that breaks off is found here and not days later.
 
     Returns:
-        A sample; or a reject "too-small", "too-large", "aspect-ratio", "undecodable" or
-        "caption-too-long".
+        A sample; or a reject "too-small", "too-large", "aspect-ratio", "undecodable", "no-caption"
+        (control characters alone) or "caption-too-long".
     """
     caption = readable(raw.ref.caption)
     references = tuple(map(readable, raw.ref.references))
-    if max(map(len, (caption, *references))) > rules.max_caption_length:
-        detail = f"a caption of {len(raw.ref.caption)} characters"
+    if (longest := max(map(len, (caption, *references)))) > rules.max_caption_length:
+        detail = f"a caption of {longest} characters"
         return Reject(raw.ref.key, "download", "caption-too-long", detail)
+    if raw.ref.caption and not caption:
+        detail = f"nothing can be read of {raw.ref.caption[:80]!r}"
+        return Reject(raw.ref.key, "download", "no-caption", detail)
     try:
         raw = replace(raw, ref=replace(raw.ref, caption=caption, references=references))
         return _kept(raw, rules)
@@ -75,8 +78,8 @@ def readable(caption: str) -> str:
 def _kept(raw: RawImage, rules: Rules) -> ImageSample:
     header = read_header(raw.data)
     _judge(header, rules)
-    width, height = header.width, header.height
     pixels = read_pixels(raw.data)
+    height, width, _ = pixels.shape  # upright, which a PNG's header does not always tell
     if rules.image_size is not None and header.shorter > rules.image_size:
         scale = rules.image_size / header.shorter
         new = [max(rules.image_size, round(side * scale)) for side in (width, height)]

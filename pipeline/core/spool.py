@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,16 @@ def _sweep(folder: Path) -> None:
     """Deletes what killed processes of this host left there."""
     for path in folder.glob(f".*{TEMPORARY}*"):
         if process.is_dead(path.name.split(TEMPORARY)[1].rpartition("-")[0]):
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def scratch_folder(name: str) -> tempfile.TemporaryDirectory[str]:
+    """A folder of its own within the scratch folder, which goes when the block ends, or when a
+    later process sees that this one was killed."""
+    return tempfile.TemporaryDirectory(prefix=temporary_name(name), dir=scratch())
 
 
 class Spool:

@@ -58,8 +58,9 @@ class CifarCaptions(Urls):
         keep: Any = pc.match_substring_regex(table["caption"], pattern(self.classes))  # pyright: ignore
         if self.min_listed_size:
             # A size that the list does not tell is judged when the picture is there.
-            shorter = pc.min_element_wise(table["width"], table["height"], self.min_listed_size)  # pyright: ignore
-            keep = pc.and_(keep, pc.equal(shorter, self.min_listed_size))  # pyright: ignore
+            sizes = [table[name].cast(pa.float64()) for name in ("width", "height")]
+            shorter = pc.min_element_wise(*sizes, float(self.min_listed_size))  # pyright: ignore
+            keep = pc.and_(keep, pc.equal(shorter, float(self.min_listed_size)))  # pyright: ignore
         return table.filter(keep)
 
 

@@ -11,17 +11,25 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr
 
+from pipeline.core.errors import SettingError
 from pipeline.core.rules import Rules
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
 from pipeline.core.store import Store
 from pipeline.sources.tables import url_lists
 from pipeline.sources.tables.url_lists import Row
-from pipeline.sources.tables.url_table import ENDINGS, UrlList
+from pipeline.sources.tables.url_table import ENDINGS, UrlList, shown
 from pipeline.sources.web.http import FetchError, HttpSettings, fetch_all, listed
 
 BYTES_A_PICTURE = 120_000  # in a tar, roughly: a photograph whose shorter side is 512
 
 Hash = Literal["md5", "sha256", "sha512"]
+
+
+def _pair(value: Any) -> Any:
+    found = listed(value)
+    if found is not None and len(found) not in (0, 2):
+        raise ValueError("write COLUMN,KIND, e.g. checksum,md5")
+    return found or None
 
 
 class Urls(HttpSettings):
@@ -35,7 +43,7 @@ class Urls(HttpSettings):
     #: None, or empty: pictures without captions, for a captioner to write.
     caption_col: Annotated[str | None, BeforeValidator(lambda v: v or None)] = "caption"
     #: [column, kind]: a picture with another hash is left out.
-    verify_hash: Annotated[tuple[str, Hash] | None, BeforeValidator(listed)] = None
+    verify_hash: Annotated[tuple[str, Hash] | None, BeforeValidator(_pair)] = None
     number_sample_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 10_000
 
     _kept: tuple[str, str] | None = PrivateAttr(None)  # root, folder
@@ -50,6 +58,8 @@ class Urls(HttpSettings):
         since the last plan is read again; within a run it stays as it was found."""
         if self._shards is None:
             found = url_lists.parts(*self._place(), self._list())
+            if not found:
+                raise SettingError(f"url_list={shown(self.url_list)}: no row in it that is wanted")
             self._shards = [
                 InputShard(f"{n:05d}", "train", (name, rows))
                 for n, (name, rows) in enumerate(found)

@@ -18,7 +18,7 @@ from pipeline.core.samples import FAILED, ImageSample, InputShard, RawImage, Rej
 from pipeline.core.store import Store, canonical_json, fingerprint, sha256
 from pipeline.sources.files import transfer
 from pipeline.stages import Job, Needs
-from pipeline.stages.images import stored_samples, write_images
+from pipeline.stages.images import stored_rejects, stored_samples, write_images
 
 VERSION = 3  # bump when the bytes this stage writes change
 
@@ -172,7 +172,8 @@ class _Worker:
         commit = read_commit(self.store, group, job.shard.id)
         if commit is not None and job.dropped and _only_drops_differ(commit, job.groups[group]):
             self.counters["shards rewritten without dropped samples"] += 1
-            return stored_samples(self.store, group, commit)
+            stored = stored_samples(self.store, group, commit)
+            return heapq.merge(stored, stored_rejects(self.store, group, commit), key=_key)
         if (
             commit is not None
             and self.stage.retry_failed
@@ -186,18 +187,12 @@ class _Worker:
         self, shard: InputShard, group: str, commit: Commit
     ) -> Iterator[RawImage | ImageSample | Reject]:
         """The shard with what failed to download fetched again: as if it had come at first."""
-        stored, failed, others = [], set(), []
-        for item in stored_samples(self.store, group, commit):
-            if isinstance(item, ImageSample):
-                stored.append(item)
-            elif item.reason == FAILED:
-                failed.add(item.key)
-            else:
-                others.append(item)
+        rejects = stored_rejects(self.store, group, commit)
+        failed = frozenset(reject.key for reject in rejects if reject.reason == FAILED)
+        others = [reject for reject in rejects if reject.reason != FAILED]
         self.counters["samples tried again"] += len(failed)
-        others.sort(key=_key)
-        fetched = self.stage.settings.fetch(shard, frozenset(failed))
-        return heapq.merge(stored, others, fetched, key=_key)
+        stored = stored_samples(self.store, group, commit)
+        return heapq.merge(stored, others, self.stage.settings.fetch(shard, failed), key=_key)
 
 
 def _key(item: RawImage | ImageSample | Reject) -> str:

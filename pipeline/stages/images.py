@@ -181,15 +181,25 @@ _SCHEMA = pa.schema(
 )
 
 
-def stored_samples(store: Store, group: str, commit: Commit) -> Iterator[ImageSample | Reject]:
-    """A committed shard as it was made: its pictures in the tar's order, then its rejects."""
-    table = from_parquet(read_file(store, group, commit, ".parquet"))
-    rows = {row["key"]: row for row in table.to_pylist()}
+def stored_samples(store: Store, group: str, commit: Commit) -> Iterator[ImageSample]:
+    """A committed shard's pictures as they were made, in the tar's order, one at a time."""
+    rows = {row["key"]: row for row in _stored_rows(store, group, commit)}
     for key, fields in read_samples(read_file(store, group, commit, ".tar")):
-        row = rows.pop(key)
+        row = rows[key]
         extension = next(e for e in IMAGE_EXTENSIONS if e in fields)
         sizes = (row[n] for n in ("width", "height", "original_width", "original_height"))
         ref = ImageRef(key, row["url"], row["caption"], tuple(row.get("references") or ()))
         yield ImageSample(ref, fields[extension], extension, *sizes)
-    for key, row in rows.items():
-        yield Reject(key, commit.inputs["stage"], row["status"], row["error_message"])
+
+
+def stored_rejects(store: Store, group: str, commit: Commit) -> list[Reject]:
+    """A committed shard's rejects, in order of key."""
+    return [
+        Reject(row["key"], commit.inputs["stage"], row["status"], row["error_message"])
+        for row in _stored_rows(store, group, commit)
+        if row["status"] != "success"
+    ]
+
+
+def _stored_rows(store: Store, group: str, commit: Commit) -> list[dict[str, Any]]:
+    return from_parquet(read_file(store, group, commit, ".parquet")).to_pylist()

@@ -162,9 +162,12 @@ def test_a_larger_fraction_holds_the_smaller_one():
     assert len(shares[-1]) == 6
 
 
-@pytest.mark.parametrize("given", [{"fraction": 0}, {"fraction": 1.5}, {"limit": 0}])
+@pytest.mark.parametrize(
+    "given",
+    [{"fraction": 0}, {"fraction": 1.5}, {"limit": 0}, {"force": True, "retry_failed": True}],
+)
 def test_choices_that_choose_nothing(given):
-    with pytest.raises(SettingError, match=r"--(fraction|limit)"):
+    with pytest.raises(SettingError, match=r"--(fraction|limit|force)"):
         chosen(**given)
 
 

@@ -250,6 +250,19 @@ def test_a_content_coding_that_nobody_asked_for(web):
     )
 
 
+@pytest.mark.parametrize("header", [b"Content-Type: \xff/\x80", b"Content-Encoding: \xff"])
+def test_what_a_header_holds_can_be_written_down(web, header):
+    def route(handler) -> None:
+        handler.wfile.write(
+            b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n" + header + b"\r\n\r\n<html>"
+        )
+
+    reason, detail = failure(web.route("/a.jpg", route))
+    assert reason == "undecodable"
+    assert "\\udcff" in detail
+    detail.encode()  # as the parquet does
+
+
 # ---- waiting as the server asks
 
 
@@ -282,6 +295,8 @@ def test_retry_after_is_seconds_or_a_date():
     assert http_answer.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
     assert http_answer.retry_after("soon") is None
     assert http_answer.retry_after("-5") is None
+    assert http_answer.retry_after("Mon, 01 Jan 99999999999999999999 00:00:00 GMT") is None
+    assert http_answer.retry_after("Mon, 01 Jan 2020 00:00:00 +99999999999999999999") is None
     assert http_answer.retry_after(None) is None
 
 
@@ -415,6 +430,7 @@ def test_redirects_are_followed_and_counted(web):
         "http://private.test/",
         "http://mixed.test/",
         "http://[::1/",
+        "http://[::1]@",
     ],
 )
 def test_a_redirect_is_judged_like_any_link(web, target):
@@ -449,7 +465,13 @@ def test_a_redirect_is_judged_like_any_link(web, target):
         *("http://[::ffff:127.0.0.1]/", "http://[::ffff:7f00:1]/", "http://[::127.0.0.1]/"),
         *("http://[64:ff9b::7f00:1]/", "http://[2002:7f00:1::]/", "http://[fe80::1%25eth0]/"),
         *("http://user@127.0.0.1/", "http://example.org@127.0.0.1/", "http://h\\@127.0.0.1/"),
-        *("http://127.0.0.1:99999/", "http://[::1", "http://127。0。0。1/", "http://①②⑦.⓪.⓪.①/"),
+        *(
+            "http://127.0.0.1:99999/",
+            "http://[::1",
+            "http://[::1]@",
+            "http://127。0。0。1/",
+            "http://①②⑦.⓪.⓪.①/",
+        ),
         *(
             "http://%31%32%37.0.0.1/",
             "http://127.0.0.1%00.example.org/",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -104,9 +106,22 @@ def test_sizes_are_judged_as_the_picture_came():
     assert kept(raw(drawn(20, 20)), min_image_size=0).width == 20
 
 
-def test_a_small_picture_is_not_decoded(monkeypatch):
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_small_picture_is_not_decoded(monkeypatch, kind):
     monkeypatch.setattr("pipeline.core.rules.read_pixels", lambda data: pytest.fail("decoded"))
-    assert reason(raw(drawn(255, 900))) == "too-small"
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
+    assert reason(raw(drawn(255, 900), kind)) == "too-small"
+
+
+def test_a_png_may_say_at_its_end_how_it_is_turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = raw(drawn(600, 512), "PNG").data
+    body = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    found = kept(RawImage(REF, data[:-12] + chunk + data[-12:]))
+    assert (found.width, found.height) == (512, 600)
+    assert read_pixels(found.data).shape == (600, 512, 3)
 
 
 def test_broken_ones_are_found():
@@ -123,6 +138,12 @@ def test_captions_hold_no_control_characters_and_have_a_bound():
     assert (found.ref.caption, found.ref.references) == ("a b c", ("x y",))
     long = replace(REF, caption="word " * 3000)
     assert reason(replace(item, ref=long)) == "caption-too-long"
+    long = replace(REF, references=("word " * 3000,))
+    assert keep(replace(item, ref=long), Rules()) == Reject(
+        REF.key, "download", "caption-too-long", "a caption of 14999 characters"
+    )
+    assert reason(replace(item, ref=replace(REF, caption="\x00\x07"))) == "no-caption"
+    assert kept(replace(item, ref=replace(REF, caption=""))).ref.caption == ""  # for a captioner
 
 
 def test_the_same_bytes_give_the_same_bytes():

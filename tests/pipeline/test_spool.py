@@ -41,11 +41,13 @@ def test_on_an_object_store_it_lies_in_the_scratch_folder(tmp_path, monkeypatch)
 def test_what_a_killed_process_left_in_the_scratch_folder_goes(tmp_path, monkeypatch):
     monkeypatch.setenv(SCRATCH_VARIABLE, str(tmp_path))
     kill = (
-        "import os\nfrom pipeline.core.spool import spool\nfrom pipeline.core.store import Store\n"
-        "with spool(Store('memory://x'), 'a') as file:\n    file.write(b'x')\n    os._exit(9)\n"
+        "import os\nfrom pipeline.core.spool import scratch_folder, spool\n"
+        "from pipeline.core.store import Store\n"
+        "with spool(Store('memory://x'), 'a') as file, scratch_folder('list') as folder:\n"
+        "    file.write(b'x')\n    open(folder + '/part', 'w').close()\n    os._exit(9)\n"
     )
     subprocess.run([sys.executable, "-c", kill], check=False)
     (tmp_path / "archive.part").touch()
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
     scratch()
     assert [path.name for path in tmp_path.iterdir()] == ["archive.part"]

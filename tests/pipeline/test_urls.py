@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
@@ -126,6 +127,61 @@ def test_a_list_of_links_alone_needs_a_captioner(tmp_path, store):
     assert rows_of(made) == [("http://h/0.jpg", None), ("http://h/1.jpg", None)]
 
 
+def test_text_is_taken_as_it_is_written(tmp_path, store):
+    """What the reader's libraries guess, they guess wrong: numbers, dates, null, commas."""
+    texts = ["007", "null", "1e3", "True", "2020-01-01", "two\nlines", "NA"]
+    links = [f"http://h/{i},w=5.jpg" for i in range(len(texts))]
+    expected = list(zip(links, texts, strict=True))
+    csv = tmp_path / "list.csv"
+    csv.write_text("url,caption\n" + "".join(f'"{url}","{text}"\n' for url, text in expected))
+    assert rows_of(source(store, url_list=str(csv))) == expected
+    one = [("http://h/0", "007"), ("http://h/1", "1e3")]
+    path = tmp_path / "list.json"
+    records = [{"url": url, "caption": text} for url, text in one]
+    path.write_text(json.dumps(records), encoding="utf-8-sig")  # with a mark, as Windows does
+    assert rows_of(source(store, url_list=str(path))) == one
+    path = tmp_path / "list.txt"
+    path.write_text("\n".join(links))
+    found = rows_of(source(store, url_list=str(path), caption_col=None))
+    assert [url for url, _ in found] == links
+
+
+def test_captions_of_several_lines_may_lie_anywhere(tmp_path, store):
+    rows = [(f"http://h/{i}", f"line {i}\n{'x' * 60}") for i in range(30_000)]  # pyarrow: 1 MB
+    assert rows_of(source(store, url_list=csv_of(tmp_path / "list.csv", rows))) == rows
+
+
+@pytest.mark.parametrize("format", ["csv", "json", "jsonl"])
+def test_a_column_that_is_not_wanted_may_have_any_name(tmp_path, store, format):
+    path = tmp_path / f"list.{format}"
+    record = {"url": "no link", "caption": "short", "link": "http://h/0", "long": "a caption"}
+    if format == "csv":
+        path.write_text(",".join(record) + "\n" + ",".join(record.values()))
+    else:
+        path.write_text(json.dumps([record] if format == "json" else record))
+    made = source(store, url_list=str(path), url_col="link", caption_col="long")
+    assert rows_of(made) == [("http://h/0", "a caption")]
+    with pytest.raises(SettingError, match="url_col, caption_col: all are column link"):
+        source(store, url_list=str(path), url_col="link", caption_col="link").shards()
+
+
+def test_bytes_that_are_no_text_cost_a_letter_and_not_the_list(tmp_path, store):
+    path = tmp_path / "list.csv"
+    path.write_bytes("url,caption\nhttp://h/0,café\nhttp://h/1,thé\n".encode("latin-1"))
+    assert rows_of(source(store, url_list=str(path))) == [
+        ("http://h/0", "caf\ufffd"),
+        ("http://h/1", "th\ufffd"),
+    ]
+
+
+def test_a_row_that_does_not_fit_is_named_but_not_quoted(tmp_path, store):
+    path = tmp_path / "list.csv"
+    path.write_text("url,caption\nhttp://h/0,good\nhttp://h/1?sig=s3cr3t,a, b\n")
+    with pytest.raises(SettingError, match=r"Row #3: Expected 2 columns, got 3$") as error:
+        source(store, url_list=str(path)).shards()
+    assert "s3cr3t" not in str(error.value)
+
+
 def test_a_folder_of_lists_is_read_in_order_of_name(tmp_path, store):
     folder = tmp_path / "lists"
     folder.mkdir()
@@ -146,7 +202,7 @@ def test_a_folder_of_lists_is_read_in_order_of_name(tmp_path, store):
 def test_planning_again_reads_no_list(tmp_path, store, monkeypatch):
     path = csv_of(tmp_path / "list.csv", ROWS)
     first = source(store, url_list=path).shards()
-    monkeypatch.setattr(url_table, "_reader_class", lambda: pytest.fail("read again"))
+    monkeypatch.setattr(url_table, "reader_class", lambda *_: pytest.fail("read again"))
     assert source(store, url_list=path).shards() == first
     assert source(store, url_list=path, retries=9, robots=False).shards() == first
 
@@ -257,6 +313,10 @@ def test_a_column_that_is_not_there_is_named(tmp_path, store, format):
         ("list.csv", b'url,caption\n"', "url_list=.*not a table in format csv"),
         ("list.parquet", b"PAR1 no", "url_list=.*not a table in format parquet"),
         ("list.json", b"{", "url_list="),
+        ("list.json", b"[1, 2]", "a row is no JSON object"),
+        ("list.csv", b'url,"caption\n' + b"http://h/0,x\n" * 20_000, "not a table in format csv"),
+        ("list.csv", "url,caption\nhttp://h/0,x\n".encode("utf-16"), "its header is no UTF-8"),
+        ("list.csv", b"url,caption\n", "no row in it that is wanted"),
         ("list.csv.gz", b"url,caption\n", "url_list="),
         ("list.dat", b"url,caption\n", "set input_format, one of"),
         ("gone/list.csv", None, "no such file"),
@@ -433,6 +493,18 @@ def test_the_yaml_of_the_source_and_flags(tmp_path):
         config = load_config("urls", None, {**overrides, **more})
         with pytest.raises(SettingError, match=next(iter(bad))):
             build_stage("download", config)
+    config = load_config("urls", None, {**overrides, "download.verify_hash": "md5"})
+    with pytest.raises(SettingError, match=r"verify_hash='md5': .*write COLUMN,KIND"):
+        build_stage("download", config)
+
+
+def test_a_full_scratch_disk_is_named(tmp_path, store, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(url_table, "reader_class", lambda *_: lambda **_: full())
+    with pytest.raises(SettingError, match=r"no space left to read url_list=.*MICRODIT_SCRATCH"):
+        source(store, url_list=csv_of(tmp_path / "list.csv", ROWS)).shards()
 
 
 @pytest.mark.slow
@@ -559,6 +631,20 @@ def test_links_of_coyo_that_name_a_class(tmp_path, store):
         *(("http://h/0/0", "a cat"), ("http://h/0/2", "dogs"), ("http://h/0/5", "bird")),
         *(("http://h/1/0", "a cat"), ("http://h/1/2", "dogs"), ("http://h/1/5", "bird")),
     ]
+    odd = tmp_path / "odd.parquet"
+    nothing = pa.nulls(1, pa.null())
+    pq.write_table(
+        pa.table({"url": ["h"], "text": ["cat"], "width": [300.0], "height": nothing}), odd
+    )
+    other = CifarCaptions(url_list=str(odd))
+    other.attach(store, LISTS)
+    assert rows_of(other) == [("h", "cat")]
+    other = CifarCaptions(
+        url_list=csv_of(odd.with_suffix(".csv"), [("h,wide,3", "cat")], "url,width,height,text")
+    )
+    other.attach(store, LISTS)
+    with pytest.raises(SettingError, match=r"url_list=.*Failed to parse string: 'wide'"):
+        other.shards()
     other = CifarCaptions(url_list=str(folder), classes=("house",), min_listed_size=0)
     other.attach(store, LISTS)
     assert [caption for _, caption in rows_of(other)] == ["a house"] * 2

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import functools
+import errno
 import gzip
-import importlib.util
 import io
 import json
-import tempfile
+import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -22,10 +22,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import SettingError, nearest
-from pipeline.core.spool import scratch
+from pipeline.core.spool import SCRATCH_VARIABLE, scratch, scratch_folder
+from pipeline.sources.tables.url_reader import reader_class
 
 FORMATS = ("csv", "tsv", "json", "jsonl", "txt", "parquet")  # all but the last also as .gz
 ENDINGS = (*(f"{name}.gz" for name in FORMATS[:-1]), *FORMATS)
+_BROKEN = (
+    *(pa.ArrowException, UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error),
+    csv.Error,
+)
+_QUOTED = re.compile(r"(Expected \d+ columns, got \d+): .*")
 _LOOKED_AT = 1000  # lines, for the columns of a jsonl
 
 
@@ -65,7 +71,7 @@ def shown(url: str) -> str:
 def split(fs: Any, path: str, format: str, wanted: UrlList) -> Iterator[pa.Table]:
     """The rows of one file that are wanted, a shard's at a time."""
     size = wanted.number_sample_per_shard
-    with tempfile.TemporaryDirectory(prefix="list-", dir=scratch()) as folder:
+    with scratch_folder("list") as folder:
         local = Path(path)
         if "file" not in fs.protocol:
             local = Path(folder, f"list.{format}")
@@ -96,7 +102,7 @@ def _tables(path: Path, format: str, wanted: UrlList, folder: str) -> Iterator[p
     with readable(wanted, format):
         _require_columns(path, format, wanted)  # the reader would try for over a minute
     with readable(wanted, format), contextlib.redirect_stdout(io.StringIO()):
-        reader = _reader_class()(
+        reader = reader_class(list(_columns_of(wanted).values()), wanted.more)(
             url_list=str(path),
             input_format=format,
             url_col=wanted.url_col,
@@ -108,15 +114,20 @@ def _tables(path: Path, format: str, wanted: UrlList, folder: str) -> Iterator[p
             done_shards=set(),
             tmp_path=folder,
         )
-        made = list(reader)
-    for _, feather in made:
+        pieces = list(reader)
+    for _, feather in pieces:
         with pa.OSFile(feather) as file:
             table = pa.ipc.open_file(file).read_all()
         Path(feather).unlink()
-        if wanted.choose is not None:
-            table = wanted.choose(table)
         names = {"url": "url", "caption": "caption", "hash": digest[1] if digest else ""}
-        yield pa.table({to: _text(table, name, wanted) for to, name in names.items()})
+        made = pa.table(
+            {to: _text(table, name, wanted) for to, name in names.items()}
+            | {name: table[name] for name in wanted.more}
+        )
+        if wanted.choose is not None:
+            with readable(wanted, format):  # a column that holds something else
+                made = wanted.choose(made)
+        yield made.select(list(names))
 
 
 def _text(table: pa.Table, name: str, wanted: UrlList) -> pa.ChunkedArray | pa.Array:
@@ -128,24 +139,15 @@ def _text(table: pa.Table, name: str, wanted: UrlList) -> pa.ChunkedArray | pa.A
             f"url_list={shown(wanted.url_list)}: column {name} holds {column.type}, needs text"
         )
     if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-        column = column.cast(pa.large_binary()).cast(pa.large_string())
+        try:
+            column = column.cast(pa.large_binary()).cast(pa.large_string())
+        except pa.ArrowInvalid:  # a letter lost is better than no list
+            texts = (
+                value if value is None else value.decode("utf-8", "replace")
+                for value in column.to_pylist()
+            )
+            column = pa.chunked_array([pa.array(texts, pa.string())])
     return column.cast(pa.string())
-
-
-@functools.cache
-def _reader_class() -> Any:
-    """img2dataset's reader, from its file: the package imports albumentations, which takes six
-    seconds and asks the internet for a newer version of itself."""
-    package = importlib.util.find_spec("img2dataset")
-    assert package is not None
-    assert package.submodule_search_locations
-    path = Path(package.submodule_search_locations[0], "reader.py")
-    spec = importlib.util.spec_from_file_location("_img2dataset_reader", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Reader
 
 
 @contextlib.contextmanager
@@ -160,14 +162,20 @@ def readable(wanted: UrlList, format: str = "") -> Iterator[None]:
         raise SettingError(f"{name}: no such file; give a path or an fsspec URL") from None
     except ImportError as error:
         raise SettingError(f"{name}: {str(error).splitlines()[0]}") from error
-    except (pa.ArrowException, UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        first = str(error).splitlines()[0]
+    except _BROKEN as error:
+        # Without the row, which pyarrow quotes: its link may hold a signature.
+        first = _QUOTED.sub(r"\1", str(error).splitlines()[0])
         raise SettingError(f"{name}: not a table in format {format}: {first}") from error
     except ValueError as error:
         if "://" in wanted.url_list and not format:
             raise SettingError(f"{name}: {type(error).__name__}") from None
         raise SettingError(f"{name}: {str(error).splitlines()[0]}") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise SettingError(
+                f"{scratch()}: no space left to read {name}; free some, or set {SCRATCH_VARIABLE} "
+                "to a folder on a larger disk"
+            ) from None
         # A client's error quotes the link; its type and status say what is the matter.
         if isinstance(error, OSError) and error.strerror and "://" not in wanted.url_list:
             raise SettingError(f"{name}: {error.strerror}") from error
@@ -184,12 +192,11 @@ def _require_columns(path: Path, format: str, wanted: UrlList) -> None:
         SettingError: which column is not there, and which are.
     """
     there = _columns(path, format)
-    needed = {"url_col": wanted.url_col, **{name: name for name in wanted.more}}
-    if wanted.caption_col is not None:
-        needed["caption_col"] = wanted.caption_col
-    if wanted.verify_hash is not None:
-        needed["verify_hash"] = wanted.verify_hash[0]
-    for setting, name in needed.items():
+    needed = _columns_of(wanted)
+    if twice := [name for name, count in Counter(needed.values()).items() if count > 1]:
+        settings = ", ".join(setting for setting, name in needed.items() if name in twice)
+        raise SettingError(f"{settings}: all are column {twice[0]}; each needs one of its own")
+    for setting, name in {**{name: name for name in wanted.more}, **needed}.items():
         if name not in there:
             raise SettingError(
                 f"{setting}={name}: {shown(wanted.url_list)} has no such column"
@@ -199,9 +206,19 @@ def _require_columns(path: Path, format: str, wanted: UrlList) -> None:
             raise SettingError(f"{setting}={name}: {shown(wanted.url_list)} has two such columns")
 
 
+def _columns_of(wanted: UrlList) -> dict[str, str]:
+    """Setting -> the column that it names."""
+    found = {
+        "url_col": wanted.url_col,
+        "caption_col": wanted.caption_col,
+        "verify_hash": wanted.verify_hash and wanted.verify_hash[0],
+    }
+    return {setting: name for setting, name in found.items() if name}
+
+
 def _opened(path: Path, format: str) -> IO[str]:
     opener = gzip.open if format.endswith(".gz") else open
-    return opener(path, "rt", encoding="utf-8-sig")  # pyright: ignore
+    return opener(path, "rt", encoding="utf-8-sig", errors="replace")  # pyright: ignore
 
 
 def _columns(path: Path, format: str) -> list[str]:
@@ -212,10 +229,15 @@ def _columns(path: Path, format: str) -> list[str]:
         return pq.read_schema(path).names
     with _opened(path, format) as file:
         if kind in ("csv", "tsv"):
-            return next(csv.reader(file, delimiter="," if kind == "csv" else "\t"), [])
+            header = next(csv.reader(file, delimiter="," if kind == "csv" else "\t"), [])
+            if any(letter in name for name in header for letter in "\0\ufffd"):
+                raise ValueError("its header is no UTF-8; save it as UTF-8")
+            return header
         if kind == "jsonl":
             rows = [json.loads(line) for line in islice(file, _LOOKED_AT) if line.strip()]
         else:
             found = json.load(file)
             rows = found if isinstance(found, list) else [found]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"not a table in format {format}: a row is no JSON object")
     return list(dict.fromkeys(name for row in rows for name in row))

@@ -63,7 +63,8 @@ class FetchError(Exception):
     """
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
+        # A header's bytes that are no UTF-8 come as half surrogate pairs, which no parquet takes.
+        super().__init__(detail.encode("utf-8", "backslashreplace").decode())
         self.reason = reason
 
 

@@ -38,7 +38,7 @@ def parse(url: str, judge: Judge) -> URL:
             literal = URL(url.strip(), encoded=True)
             found = literal if literal.host == found.host else found
         scheme, host, _ = found.scheme, found.raw_host, found.port
-    except (ValueError, InvalidURL):
+    except (ValueError, IndexError, InvalidURL):  # IndexError: yarl's, of "http://[::1]@"
         raise Refused("not a link") from None
     if scheme not in ("http", "https"):
         raise Refused(f"scheme {scheme[:20] or 'missing'}: only http and https are followed")

@@ -262,7 +262,7 @@ class Client:
         try:
             joined = str(url.join(URL(location, encoded=location.isascii())))
             return parse(joined, self._judge)
-        except ValueError:
+        except (ValueError, IndexError):  # as in parse()
             raise Refused("a redirect to what is no link") from None
         except Refused as error:
             raise Refused(f"a redirect to {error}") from None
