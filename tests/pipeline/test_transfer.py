@@ -115,6 +115,13 @@ def test_without_ranges_it_begins_anew(server):
     assert transfer.take_counters()["transfers begun anew"] == 1
 
 
+def test_a_server_without_ranges_that_never_gives_all_is_given_up(server):
+    for cut in (200_000, 100_000) * 10:
+        server.fault(cut=cut, no_ranges=True)
+    with pytest.raises(TransferError, match="given up after 9 attempts"):
+        read(f"{server.url}/big.tar")
+
+
 @pytest.mark.parametrize("length", [100, 299_999])
 def test_a_body_that_ends_early_is_not_taken_for_whole(server, length):
     server.fault(headers={"Content_Length": str(len(DATA))}, end=length)

@@ -152,14 +152,15 @@ class Transfer:
             self.part.unlink(missing_ok=True)
             os.link(self.target, self.part)
         failed, mismatches = 0, 0
+        most = self._have()  # bytes that were here at once: where there are no ranges, they go again
         while True:
-            before = self._have()
             try:
                 self._attempt()
                 self._check()
                 break
             except Interrupted as error:
-                failed = 1 if self._have() > before else failed + 1
+                failed = 1 if self._have() > most else failed + 1
+                most = max(most, self._have())
                 if failed > ATTEMPTS:
                     raise TransferError(
                         f"{public(self.url)}: {error}; given up after {failed} attempts with "
@@ -171,6 +172,7 @@ class Transfer:
             except Changed as error:
                 self._forget()
                 COUNTERS["transfers begun anew"] += 1
+                most = 0
                 mismatches += 1
                 if mismatches > 2:
                     raise TransferError(f"{public(self.url)}: {error}, three times") from None
