@@ -95,7 +95,7 @@ class SA1B(Hosted):
                 "that has the tars)"
             )
         if self.archives:
-            found = {p.name: str(p) for p in Path(self.archives).glob("sa_*.tar")}
+            found = {p.name: str(p) for p in Path(self.archives).expanduser().glob("sa_*.tar")}
             if not found:
                 raise SettingError(f"archives={self.archives}: has no sa_*.tar")
             return found

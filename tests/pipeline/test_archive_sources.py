@@ -378,6 +378,28 @@ def test_tars_of_a_folder_with_captions_in_json(server, store, tmp_path):
     assert trees[0] == trees[1] == trees[2]
 
 
+def test_local_names_are_taken_as_they_are(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c#").mkdir()
+    (tmp_path / "c#" / "t#1.tar").write_bytes(upstream.wds_tar(upstream.samples(0, 2)))
+    for number, tars in enumerate(("~/c#/t#1.tar", "~/c#/*.tar", f"{tmp_path}/c#/t#{{1..1}}.tar")):
+        root = Store(f"{store.root}-{number}")
+        run_here(stage("webdataset", tars=tars), root)
+        assert len(rows(root, "webdataset", "00000")) == 2
+    run_here(stage("webdataset", base="~/c#", tars="t#1.tar"), store)
+    assert len(rows(store, "webdataset", "00000")) == 2
+
+
+def test_a_parquet_beside_a_tar_goes_with_it(server, store):
+    names = ("000000000", "000000001")
+    server.files["t.tar"] = upstream.wds_tar(upstream.samples(0, 2))
+    server.files["t.parquet"] = upstream.parquet([{"key": n, "TEXT": f"of {n}"} for n in names])
+    run_here(stage("webdataset", tars=f"{server.url}/t.tar", caption="parquet:TEXT"), store)
+    found = rows(store, "webdataset", "00000")
+    assert [row["caption"] for row in found] == [f"of {n}" for n in names]
+    assert [p.name for p in scratch().iterdir()] == []
+
+
 def test_tars_behind_signed_links(server, store):
     server.files["t-0.tar"] = upstream.wds_tar(upstream.samples(0, 2))
     server.files["t-1.tar"] = upstream.wds_tar(upstream.samples(1, 2))
@@ -444,6 +466,8 @@ def test_what_is_no_sample_is_a_reject_with_its_reason(server, store, tmp_path):
         ("0009.PNG", upstream.picture(9, form="PNG")),
         ("0009.txt", "\ufeffÜber".encode()),
         ("0009.json", b"[" * 100_000),
+        ("0010.jpg", b""),
+        ("0010.txt", b"a picture of no bytes"),
     ]
     (tmp_path / "t.tar").write_bytes(upstream.tar(members))
     run_here(stage("webdataset", tars=str(tmp_path / "t.tar")), store)
@@ -457,11 +481,12 @@ def test_what_is_no_sample_is_a_reject_with_its_reason(server, store, tmp_path):
         ("5", "unsafe-member"),
         ("6", "unsafe-member"),
         ("7", "success"),
+        ("8", "undecodable"),
     ]
     details = {row["key"][-1]: row["error_message"] for row in found}
     assert details["4"] == "'0005.pickle': a pickle"
     assert details["5"] == "'0001.png': its sample's other files lie elsewhere in the tar"
-    assert found[-1]["caption"] == "Über"
+    assert found[-2]["caption"] == "Über"
 
 
 def test_only_the_keys_that_are_asked_for(server, store):

@@ -99,7 +99,7 @@ def local(
         StorageError: the scratch folder is full or cannot be written.
     """
     if "://" not in url or url.startswith("file://"):
-        path = Path(url.removeprefix("file://"))
+        path = Path(url.removeprefix("file://")).expanduser()
         if not path.is_file():
             raise TransferError(f"{path}: there is no such file")
         yield path
@@ -152,7 +152,9 @@ class Transfer:
             self.part.unlink(missing_ok=True)
             os.link(self.target, self.part)
         failed, mismatches = 0, 0
-        most = self._have()  # bytes that were here at once: where there are no ranges, they go again
+        most = (
+            self._have()
+        )  # bytes that were here at once: where there are no ranges, they go again
         while True:
             try:
                 self._attempt()
