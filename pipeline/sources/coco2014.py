@@ -83,9 +83,6 @@ class Coco2014(Hosted):
             ):
                 yield _sample(key, rows, member, self.base)
 
-    def decisive(self) -> dict[str, Any]:
-        return super().decisive()
-
     def estimate(self, shard: InputShard) -> int:
         return self.samples(shard) * 167_000
 

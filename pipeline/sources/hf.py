@@ -128,14 +128,21 @@ class HubDataset(BaseModel):
         if not files:
             others = f"; `repo: {self.repo}@{CONVERTED}` may have" if self._on_hub else ""
             raise SettingError(f"repo={self.repo}: no parquet file matches {self.files!r}{others}")
-        found = []
+        found: list[tuple[str, str]] = []
         for part in self.splits.split(","):
             theirs, _, ours = part.strip().partition("=")
+            if not theirs:
+                raise SettingError(f"splits={self.splits}: name at least one, as in their paths")
             chosen = [f for f in files if re.search(rf"(^|[^a-z]){re.escape(theirs)}([^a-z]|$)", f)]
             if not chosen:
                 raise SettingError(
                     f"splits={self.splits}: no parquet file of {self.repo} has {theirs!r} for a "
                     f"word of its path; there are: {', '.join(files[:3])}"
+                )
+            if twice := {file for file, _ in found} & set(chosen):
+                raise SettingError(
+                    f"splits={self.splits}: {min(twice)} would come twice; name a split once, or "
+                    "leave out with `files` what has two of them in its path"
                 )
             found += [(file, ours or theirs) for file in chosen]
         return found
@@ -163,6 +170,13 @@ class HubDataset(BaseModel):
                 raise SettingError(
                     f"{setting}={column}: no such column in {path}{nearest(column, known)}; there "
                     f"are: {', '.join(known)}"
+                )
+        if self.caption_col:
+            kind = footer.schema.field(self.caption_col).type
+            if not parquet_rows.is_text(kind):
+                raise SettingError(
+                    f"caption_col={self.caption_col}: is of type {kind} in {path}; name a column "
+                    "of text, or of lists of it"
                 )
 
     # Rows.

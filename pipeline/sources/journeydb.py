@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import InputShard, RawImage, Reject
@@ -69,9 +69,6 @@ class JourneyDB(Hosted):
                 return caption or ("no-caption", f"nothing is left of {prompts[picture][:80]!r}")
 
             yield from pictures(path, self.url(name), shard, describe, only, digits=5)
-
-    def decisive(self) -> dict[str, Any]:
-        return super().decisive()
 
     def estimate(self, shard: InputShard) -> int:
         return self.samples(shard) * 130_000
