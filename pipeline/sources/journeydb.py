@@ -57,7 +57,11 @@ class JourneyDB(Hosted):
         number, split = int(PurePosixPath(name).stem), name.split("/")[1]
         annotations = self.url(ANNOTATIONS[split])
         with transfer.local(self.url(name)) as path:
-            table = sorted_rows(f"journeydb {annotations}", lambda: _annotated(annotations), span=1)
+            table = sorted_rows(
+                f"journeydb {transfer.stamped(annotations)}",
+                lambda: _annotated(annotations),
+                span=1,
+            )
             prompts: dict[str, str] = {}
             for row in rows_of(table, number, number):
                 prompts.setdefault(row.name, row.caption)

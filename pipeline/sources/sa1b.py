@@ -111,7 +111,7 @@ class SA1B(Hosted):
         captions: dict[int, str] = {}
         if found:
             url = self.url(CAPTIONS)
-            table = sorted_rows(f"sa1b {url}", lambda: _published_rows(url), SPAN)
+            table = sorted_rows(f"sa1b {transfer.stamped(url)}", lambda: _published_rows(url), SPAN)
             captions = {r.number: r.caption for r in rows_of(table, min(found), max(found))}
 
         def describe(name: str) -> str | tuple[str, str]:

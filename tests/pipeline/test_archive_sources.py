@@ -355,6 +355,34 @@ def test_coco_keeps_every_reference_in_order_of_id(server, store, monkeypatch):
     assert len(whole) == 1
 
 
+def test_a_copy_that_is_mended_is_read_again(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(Coco2014, "images", 2)
+    coco = stage("coco2014", base=str(tmp_path / "coco"))
+    for ids in ([1], [1, 2]):
+        for name, data in upstream.coco2014(ids).items():
+            (tmp_path / "coco" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "coco" / name).write_bytes(data)
+        if len(ids) == 1:
+            with pytest.raises(SettingError, match="1 pictures have captions"):
+                run_here(coco, store)
+    assert run_here(coco, store) == 1
+
+
+def test_annotations_that_are_none(store, tmp_path):
+    table = upstream.parquet([{"image_name": "a.webp", "part_id": 1, "prompt": "a"}])
+    (tmp_path / "metadata-large.parquet").write_bytes(table)
+    zipped = tmp_path / "diffusiondb-large-part-1/part-000001.zip"
+    zipped.parent.mkdir()
+    zipped.write_bytes(upstream.zipped([("a.webp", upstream.picture(1))]))
+    with pytest.raises(SettingError, match="has no column image_nsfw"):
+        run_here(stage("diffusiondb", base=str(tmp_path)), store, Choice("1"))
+    captions = upstream.zipped([("annotations/captions_val2014.json", b'{"images": []}')])
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/annotations_trainval2014.zip").write_bytes(captions)
+    with pytest.raises(BrokenArchive, match="no captions as COCO writes them: KeyError"):
+        run_here(stage("coco2014", base=str(tmp_path)), store, Choice("0"))
+
+
 def test_coco_is_checked_against_its_size_and_its_checksum(server, store, monkeypatch):
     server.files.update(upstream.coco2014([1, 2]))
     with pytest.raises(SettingError, match="2 pictures have captions, COCO 2014 has 40504"):

@@ -123,6 +123,16 @@ def local(
             remove(target)
 
 
+def stamped(url: str) -> str:
+    """A URL for a name of its content; of a local file with size and date."""
+    if "://" in url:
+        return url
+    with contextlib.suppress(OSError):
+        status = os.stat(url)
+        return f"{url} {status.st_size} {status.st_mtime_ns}"
+    return url
+
+
 def public(url: str) -> str:
     """A URL without what may be secret: user, query and fragment."""
     parts = urlsplit(url)
