@@ -108,6 +108,30 @@ def test_a_file_that_changes_between_two_parts_is_never_mixed(server, monkeypatc
     assert read(f"{server.url}/big.tar") == OTHER
 
 
+@pytest.mark.parametrize("name", ["ETag", "Last_Modified"])
+def test_parts_of_two_versions_are_never_mixed_whatever_a_server_takes(server, monkeypatch, name):
+    server.validators = False
+    first, second = {"ETag": ('W/"1"', 'W/"2"'), "Last_Modified": ("Mon", "Tue")}[name]
+    server.fault(cut=100_000, headers={name: first})
+    server.fault(headers={name: second}, times=2)
+    other = OTHER + DATA[: len(DATA) - len(OTHER)]
+    monkeypatch.setattr(time, "sleep", lambda _: server.files.update({"big.tar": other}))
+    monkeypatch.setattr("tests.pipeline.hub_server._Cdn.first_byte", _any_version)
+    assert read(f"{server.url}/big.tar") == other
+
+
+def _any_version(handler, etag: str) -> int | None:
+    """As servers do that know no If-Range."""
+    return int(handler.headers["Range"][6:-1]) if "Range" in handler.headers else None
+
+
+def test_a_packed_file_is_not_a_packed_answer(server):
+    """Apache calls a .tgz that lies on its disk "in gzip", whatever was asked for."""
+    server.files["big.tgz"] = DATA
+    server.fault(headers={"Content_Encoding": "x-gzip"})
+    assert read(f"{server.url}/big.tgz") == DATA
+
+
 def test_without_ranges_it_begins_anew(server):
     server.fault(cut=100_000)
     server.fault(no_ranges=True)
