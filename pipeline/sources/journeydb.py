@@ -95,7 +95,7 @@ def _annotated(url: str) -> Iterator[Row]:
                 number = int(PurePosixPath(folder).name)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue  # its picture is rejected as one that nobody has annotated
-            if isinstance(prompt, str):
+            if isinstance(prompt, str) and 0 <= number < ARCHIVES:
                 yield Row(number, name, readable(prompt))
 
 

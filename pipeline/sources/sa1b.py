@@ -25,8 +25,8 @@ from pipeline.sources.files.packed import pictures
 from pipeline.sources.tables.captions import caption_text
 
 ARCHIVE = re.compile(r"sa_(\d{6})\.tar")
-PICTURE = re.compile(r"sa_(\d+)\.\w+")
-TEXT = re.compile(r"(?:^|/)sa_(\d+)\.txt$")
+PICTURE = re.compile(r"sa_(\d{1,9})\.\w+")
+TEXT = re.compile(r"(?:^|/)sa_(\d{1,9})\.txt$")
 SCHEMES = ("http://", "https://", "s3://", "gs://")
 CAPTIONS = "SA1B_caption.tar.gz"
 SPAN = 50_000  # pictures whose captions are sorted together
@@ -100,7 +100,10 @@ class SA1B(Hosted):
                 raise SettingError(f"archives={self.archives}: has no sa_*.tar")
             return found
         try:
-            with transfer.local(self.links) as path, open(path, newline="") as file:
+            with (
+                transfer.local(self.links) as path,
+                open(path, encoding="utf-8-sig", newline="") as file,
+            ):
                 return _links(file)
         except (transfer.TransferError, UnicodeDecodeError, csv.Error) as error:
             raise SettingError(f"links: cannot be read: {error}") from None

@@ -213,6 +213,18 @@ def test_links_of_sa1b_are_nowhere_but_in_the_list(server, store, sa1b, tmp_path
     assert "s3cr3t" not in repr(SA1B(links=f"{server.url}/list?s3cr3t"))
 
 
+def test_a_list_that_windows_has_saved(tmp_path):
+    path = tmp_path / "links.tsv"
+    path.write_text("\ufefffile_name\tcdn_link\r\nsa_000001.tar\thttps://host/1\r\n")
+    assert [shard.id for shard in SA1B(links=str(path)).shards()] == ["00001"]
+
+
+def test_a_number_that_no_picture_has(server, store, sa1b, tmp_path):
+    (tmp_path / "sa_000020.tar").write_bytes(upstream.sa1b_tar([201, 10**30]))
+    run_here(stage("sa1b", archives=str(tmp_path), captions="pixart"), store)
+    assert [r["status"] for r in rows(store, "sa1b", "00020")] == ["success", "no-caption"]
+
+
 def test_sa1b_of_a_folder_of_tars(server, store, tmp_path):
     (tmp_path / "sa_000007.tar").write_bytes(upstream.sa1b_tar([71]))
     run_here(stage("sa1b", archives=str(tmp_path)), store)
@@ -265,6 +277,15 @@ def test_journeydb_needs_leave_and_gives_prompts_without_options(server, store, 
     splits = {id: commit.split for id, commit in commits(store, "journeydb").items()}
     assert splits == {"00000": "train", "00007": "train", "00200": "val"}
     assert server.token.encode() not in everything(Path(store.root))
+
+
+def test_an_annotation_of_no_archive_costs_nothing_else(store, tmp_path):
+    files = upstream.journeydb({"train": {0: ["a fox"], 10**30: ["a stray"], 201: ["another"]}})
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    run_here(stage("journeydb", base=str(tmp_path)), store, Choice("0"))
+    assert [row["caption"] for row in rows(store, "journeydb", "00000")] == ["a fox"]
 
 
 @pytest.mark.parametrize(
