@@ -31,7 +31,7 @@ def _archive(
     name: str, verdict: str, why: str, make: Callable[[], bytes], alone: bool = False
 ) -> Archive:
     by_member = verdict not in (SAMPLE, ERROR, "no-caption") and not name.startswith(
-        ("ungrouped", "broken-picture")
+        ("ungrouped", "broken-picture", "two-cases")
     )
     return Archive(name, verdict, why, make, alone, by_member)
 
@@ -294,6 +294,12 @@ CASES: list[Archive] = [
         SAMPLE,
         "noise behind the end",
         lambda: tar(*pair("0001", 2002)) + b"noise" * 999,
+    ),
+    _archive(
+        "two-cases.tar",
+        UNSAFE,
+        "a sample with a .jpg and a .JPG: which is meant?",
+        lambda: tar(*pair("0001", 2002), member("0001.JPG", jpeg(2003))),
     ),
     _archive(
         "ungrouped.tar",
