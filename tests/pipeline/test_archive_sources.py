@@ -121,7 +121,7 @@ def test_a_commit_is_planned_with_no_network(store, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     pinned = stage("cc12m", base=f"hf://datasets/pixparse/cc12m-wds@{COMMIT}")
     assert len(plan(pinned, Catalog(store)).pending) == 2176
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     with pytest.raises(SettingError, match="pixparse/cc12m-wds: the hub cannot be asked"):
         plan(stage("cc12m"), Catalog(Store(store.root + "-other")))
 

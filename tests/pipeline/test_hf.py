@@ -331,6 +331,14 @@ def test_a_broken_connection_is_tried_again(server, local):
     assert captions(HubDataset(repo="cats/many")) == captions(HubDataset(repo=local))
 
 
+def test_a_busy_hub_is_asked_again(server, local):
+    server.busy = 3
+    assert captions(HubDataset(repo="cats/many")) == captions(HubDataset(repo=local))
+    server.busy = 99
+    with pytest.raises(SettingError, match=r"cats/many: the hub cannot be asked: .*503"):
+        HubDataset(repo="cats/many").shards()
+
+
 def test_a_gated_dataset_needs_a_token(server, monkeypatch, local):
     server.gated.add("cats/many")
     with pytest.raises(SettingError, match="gated"):
