@@ -267,6 +267,13 @@ def _scratch_files() -> list[Path]:
     return [p for p in transfer.scratch().iterdir() if p.is_file()]
 
 
+@pytest.mark.parametrize("before", [0, 280, 285, 290, 295])
+def test_a_message_that_is_cut_shows_no_half_of_a_password(before):
+    line = transfer.harmless("x" * before + " https://me:s3cr3t@host/a?sig=s3cr3t failed")
+    assert "s3" not in line
+    assert len(line) <= 300
+
+
 def test_a_full_disk_is_found_before_the_first_byte(server, monkeypatch):
     usage = shutil.disk_usage(transfer.scratch())
     monkeypatch.setattr(

@@ -142,8 +142,8 @@ def public(url: str) -> str:
 
 def harmless(text: str) -> str:
     """A client's message in one line, without the queries and users of the URLs in it."""
-    line = " ".join(text.split())[:300]
-    return re.sub(r"\?[^\s'\")>]*", "?…", re.sub(r"//[^/\s@]*@", "//", line))
+    line = " ".join(text.split())
+    return re.sub(r"\?[^\s'\")>]*", "?…", re.sub(r"//[^/\s@]*@", "//", line))[:300]
 
 
 class Transfer:
