@@ -242,9 +242,11 @@ def _listed(url: str) -> list[str]:
     Raises:
         SettingError: it cannot be listed.
     """
+    protocol = url.split("://")[0]
     try:
-        fs = remote.connect(url, url.split("://")[0])
-        return sorted(fs.unstrip_protocol(name) for name in fs.glob(url))
+        names = remote.connect(url, protocol).glob(url)
+        # With the protocol's name that was given: s3a is s3, and fsspec would say so.
+        return sorted(name if "://" in name else f"{protocol}://{name}" for name in names)
     except Exception as error:  # clients have no common base
         text = transfer.harmless(str(error) or type(error).__name__)
         raise SettingError(f"{transfer.public(url)}: cannot be listed: {text}") from None

@@ -31,6 +31,7 @@ from pipeline.sources.files.archives import BrokenArchive
 from pipeline.sources.files.transfer import TransferError
 from pipeline.sources.journeydb import strip_flags
 from pipeline.sources.sa1b import SA1B
+from pipeline.sources.webdataset import WebDataset
 from pipeline.stages.download import Download
 from pipeline.stages.images import read_images
 from tests.pipeline import upstream
@@ -661,6 +662,9 @@ def test_tars_on_s3(tmp_path, monkeypatch):
             assert [r["url"] for r in rows(here, "webdataset", shard)] == [
                 f"http://web/{s.key}.jpg" for s in upstream.samples(n)
             ]
+        # A protocol's second name: listings come back under the first one.
+        (first, *_) = WebDataset(tars=f"s3a://{BUCKET}/tars/t-*.tar").shards()
+        assert first.spec == (f"s3a://{BUCKET}/tars/t-0.tar",)
         with pytest.raises(TransferError, match=r"t-2.tar: there is no such file"):
             run_here(stage("webdataset", tars="t-2.tar", base=base), Store(tmp_path / "other"))
         with pytest.raises(TransferError), transfer.local(f"s3://{BUCKET}/tars"):
