@@ -118,7 +118,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Normed) -> Tensor:
         """x (B, T, d) -> (B, T, d)."""
-        return swiglu(*x.project(self.w1.weight, self.w2.weight), self.w3.weight)
+        a, b = x.project(self.w1.weight, self.w2.weight)
+        return swiglu(a, b, self.w3.weight)
 
     def initialise(self, std_out: float, generator: torch.Generator | None) -> None:
         trunc_normal_(self.w1.weight, INIT_STD, generator)
@@ -141,7 +142,8 @@ class GeluMLP(nn.Module):
 
     def forward(self, x: Normed) -> Tensor:
         """x (B, T, d) -> (B, T, d)."""
-        return gelu_linear(*x.project(self.w1.weight), self.w2.weight)
+        (a,) = x.project(self.w1.weight)
+        return gelu_linear(a, self.w2.weight)
 
     def initialise(self, std_out: float, generator: torch.Generator | None) -> None:
         trunc_normal_(self.w1.weight, INIT_STD, generator)
