@@ -14,6 +14,7 @@ from pipeline.core.commits import MAX_REJECT_RATE
 from pipeline.core.errors import SettingError, nearest
 from pipeline.core.rules import Rules
 from pipeline.sources import SOURCES
+from pipeline.sources.files.transfer import harmless
 from pipeline.stages import STAGES, Stage
 
 if TYPE_CHECKING:
@@ -198,7 +199,9 @@ def one_line(error: ValidationError, model: type[BaseModel], prefix: str = "") -
         )
     if first["type"] == "missing":
         return f"{prefix}{name} is required"
-    return f"{prefix}{name}={first.get('input')!r}: {first['msg']}"
+    # What is wrong may be that the value holds a password.
+    value = harmless(repr(first.get("input")))
+    return f"{prefix}{name}={value}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def _fields(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -61,7 +61,9 @@ class Coco2014(Hosted):
         first, last = shard.spec
         annotations, checksum = self.url(ANNOTATIONS), self._checksum(ANNOTATIONS)
         table = sorted_rows(
-            f"coco2014 {annotations}", lambda: _captions(annotations, checksum), 1 << 30
+            f"coco2014 {transfer.stamped(annotations)}",
+            lambda: _captions(annotations, checksum),
+            1 << 30,
         )
         numbers = _numbers(table)
         if len(numbers) != self.images:
@@ -82,9 +84,6 @@ class Coco2014(Hosted):
                 wanted.items(), archives.named(path, names), strict=True
             ):
                 yield _sample(key, rows, member, self.base)
-
-    def decisive(self) -> dict[str, Any]:
-        return super().decisive()
 
     def estimate(self, shard: InputShard) -> int:
         return self.samples(shard) * 167_000
@@ -126,8 +125,13 @@ def _captions(url: str, checksum: str) -> Iterator[Row]:
         (member,) = archives.named(path, [CAPTIONS], limit=CAPTIONS_BYTES)
     if member is None or member.reason:
         raise archives.BrokenArchive(f"{transfer.public(url)}: no {CAPTIONS} that can be read")
-    record = json.loads(member.data)
-    names = {image["id"]: image["file_name"] for image in record["images"]}
-    for annotation in record["annotations"]:
-        number = annotation["image_id"]
-        yield Row(number, names[number], readable(annotation["caption"]))
+    try:
+        record = json.loads(member.data)
+        names = {image["id"]: image["file_name"] for image in record["images"]}
+        rows = [(row["image_id"], row["caption"]) for row in record["annotations"]]
+        yield from (Row(number, names[number], readable(caption)) for number, caption in rows)
+    except (ValueError, KeyError, TypeError) as error:
+        raise archives.BrokenArchive(
+            f"{transfer.public(url)}: {CAPTIONS} has no captions as COCO writes them: "
+            f"{type(error).__name__}: {error}"
+        ) from None

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from pipeline.core.errors import SettingError
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import InputShard, RawImage, Reject
 from pipeline.sources.files import transfer
@@ -51,7 +52,9 @@ class DiffusionDB(Hosted):
         number = int(PurePosixPath(name).stem.removeprefix("part-"))
         metadata = self.url(METADATA)
         with transfer.local(self.url(name)) as path:
-            table = sorted_rows(f"diffusiondb {metadata}", lambda: _listed(metadata), SPAN)
+            table = sorted_rows(
+                f"diffusiondb {transfer.stamped(metadata)}", lambda: _listed(metadata), SPAN
+            )
             rows = {row.name: row for row in rows_of(table, number, number)}
 
             def describe(picture: str) -> str | tuple[str, str]:
@@ -88,6 +91,11 @@ def _listed(url: str) -> Iterator[Row]:
 
     columns = ["part_id", "image_name", "prompt", "image_nsfw", "prompt_nsfw"]
     with transfer.local(url) as path, pq.ParquetFile(path) as file:
+        if missing := set(columns) - set(file.schema_arrow.names):
+            raise SettingError(
+                f"{transfer.public(url)}: has no column {min(missing)}: not the metadata of "
+                "DiffusionDB Large; see `base`"
+            )
         for batch in file.iter_batches(BATCH, columns=columns, use_threads=False):
             for part, name, prompt, *scores in zip(
                 *(batch.column(column).to_pylist() for column in columns), strict=True

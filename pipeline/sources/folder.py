@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.core.errors import SettingError
+from pipeline.core.errors import SettingError, StorageError
 from pipeline.core.images import BadPicture
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import FAILED, ImageRef, InputShard, RawImage, Reject, sample_key
@@ -222,7 +222,7 @@ def _digest(rows: list[Row]) -> str:
 
 def _local_listing(root: str) -> dict[str, Listed]:
     found = {}
-    for folder, _, names in os.walk(root):
+    for folder, _, names in os.walk(root, onerror=_unlisted):
         for name in names:
             path = os.path.join(folder, name)
             try:
@@ -232,6 +232,10 @@ def _local_listing(root: str) -> dict[str, Listed]:
                 listed = Listed(-1, "")
             found[_printable(os.path.relpath(path, root))] = listed
     return found
+
+
+def _unlisted(error: OSError) -> None:
+    raise StorageError(f"{error.filename}: {error.strerror}; make it readable, or move it away")
 
 
 def _listed(files: dict[str, Listed], name: str) -> Listed:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
@@ -33,7 +32,6 @@ from pipeline.sources.tables.parquet_rows import Footer
 _HUB = "hf://datasets/"
 CONVERTED = "refs/convert/parquet"  # the hub's own branch of datasets that are not parquet
 BYTES_A_PICTURE = 120_000  # in a tar, roughly: a photograph whose shorter side is 512
-_ATTEMPTS = 5
 _REQUESTS = 16  # footers that are asked for at once
 
 
@@ -128,14 +126,21 @@ class HubDataset(BaseModel):
         if not files:
             others = f"; `repo: {self.repo}@{CONVERTED}` may have" if self._on_hub else ""
             raise SettingError(f"repo={self.repo}: no parquet file matches {self.files!r}{others}")
-        found = []
+        found: list[tuple[str, str]] = []
         for part in self.splits.split(","):
             theirs, _, ours = part.strip().partition("=")
+            if not theirs:
+                raise SettingError(f"splits={self.splits}: name at least one, as in their paths")
             chosen = [f for f in files if re.search(rf"(^|[^a-z]){re.escape(theirs)}([^a-z]|$)", f)]
             if not chosen:
                 raise SettingError(
                     f"splits={self.splits}: no parquet file of {self.repo} has {theirs!r} for a "
                     f"word of its path; there are: {', '.join(files[:3])}"
+                )
+            if twice := {file for file, _ in found} & set(chosen):
+                raise SettingError(
+                    f"splits={self.splits}: {min(twice)} would come twice; name a split once, or "
+                    "leave out with `files` what has two of them in its path"
                 )
             found += [(file, ours or theirs) for file in chosen]
         return found
@@ -163,6 +168,13 @@ class HubDataset(BaseModel):
                 raise SettingError(
                     f"{setting}={column}: no such column in {path}{nearest(column, known)}; there "
                     f"are: {', '.join(known)}"
+                )
+        if self.caption_col:
+            kind = footer.schema.field(self.caption_col).type
+            if not parquet_rows.is_text(kind):
+                raise SettingError(
+                    f"caption_col={self.caption_col}: is of type {kind} in {path}; name a column "
+                    "of text, or of lists of it"
                 )
 
     # Rows.
@@ -224,7 +236,7 @@ def _footer_on_hub(url: str) -> _File:
     name = hashlib.sha256(url.encode()).hexdigest()[:24]
     kept = scratch() / f"footer-{name}"
     if not kept.exists():
-        content, footer = _asked(url)
+        content, footer = hub.patiently(hub.parse(url).repo, lambda: _asked(url))
         temporary = kept.with_name(f"{kept.name}.{os.getpid()}")
         temporary.write_bytes(content.encode() + b"\n" + footer)
         os.replace(temporary, kept)
@@ -234,25 +246,15 @@ def _footer_on_hub(url: str) -> _File:
 
 def _asked(url: str) -> tuple[str, bytes]:
     """What names the file's content, and its footer's bytes."""
-    repo = hub.parse(url).repo
-    for attempt in range(_ATTEMPTS):
-        try:
-            link = hub.link(url)
-            size = link.facts.size or 0
-            tail = _range(link, max(0, size - parquet_rows.TAIL))
-            length = parquet_rows.footer_length(tail)
-            if length > len(tail):
-                tail = _range(link, max(0, size - length))
-            footer = tail[-length:]
-            named = _by_footer(size, parquet_rows.parse_footer(footer))
-            return link.facts.checksum or named, footer
-        except transfer.Interrupted as error:
-            if attempt == _ATTEMPTS - 1:
-                raise SettingError(f"repo={repo}: the hub does not answer: {error}") from None
-            time.sleep(min(max(transfer.BACKOFF_S * 2**attempt, error.after_s), transfer.LONGEST_S))
-        except transfer.TransferError as error:
-            raise SettingError(f"repo={repo}: {error}") from None
-    raise AssertionError
+    link = hub.link(url)
+    size = link.facts.size or 0
+    tail = _range(link, max(0, size - parquet_rows.TAIL))
+    length = parquet_rows.footer_length(tail)
+    if length > len(tail):
+        tail = _range(link, max(0, size - length))
+    footer = tail[-length:]
+    named = _by_footer(size, parquet_rows.parse_footer(footer))
+    return link.facts.checksum or named, footer
 
 
 def _range(link: hub.Link, start: int) -> bytes:

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import InputShard, RawImage, Reject
@@ -57,7 +57,11 @@ class JourneyDB(Hosted):
         number, split = int(PurePosixPath(name).stem), name.split("/")[1]
         annotations = self.url(ANNOTATIONS[split])
         with transfer.local(self.url(name)) as path:
-            table = sorted_rows(f"journeydb {annotations}", lambda: _annotated(annotations), span=1)
+            table = sorted_rows(
+                f"journeydb {transfer.stamped(annotations)}",
+                lambda: _annotated(annotations),
+                span=1,
+            )
             prompts: dict[str, str] = {}
             for row in rows_of(table, number, number):
                 prompts.setdefault(row.name, row.caption)
@@ -69,9 +73,6 @@ class JourneyDB(Hosted):
                 return caption or ("no-caption", f"nothing is left of {prompts[picture][:80]!r}")
 
             yield from pictures(path, self.url(name), shard, describe, only, digits=5)
-
-    def decisive(self) -> dict[str, Any]:
-        return super().decisive()
 
     def estimate(self, shard: InputShard) -> int:
         return self.samples(shard) * 130_000
@@ -94,7 +95,7 @@ def _annotated(url: str) -> Iterator[Row]:
                 number = int(PurePosixPath(folder).name)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue  # its picture is rejected as one that nobody has annotated
-            if isinstance(prompt, str):
+            if isinstance(prompt, str) and 0 <= number < ARCHIVES:
                 yield Row(number, name, readable(prompt))
 
 
@@ -109,20 +110,26 @@ _WORDS = frozenset(("raw", "cute", "scenic", "expressive", "original", "random",
 _LINK = re.compile(r"<?https?://[^\s>]+>?", re.IGNORECASE)
 _WEIGHT = re.compile(r"::\s?-?\d*\.?\d*(?=[\s,]|$)|::")
 _HYPHENS = re.compile(r"(--|[—–]+-?)([A-Za-z]*)(.*)", re.DOTALL)
-_GLUED = re.compile(r"(?<=\S)(--|—)(%s)(?=[\s\d]|$)" % "|".join(sorted(_OPTIONS)), re.IGNORECASE)
+#: After a dash an option is one only with a value, before another one, or at the end: in
+#: "a portrait—old man" and "a portrait — old man" it is a word.
+_ENDS = r"\d|\s*$|\s+(?:[-—–.\d]|(?:%s)\b)" % "|".join(sorted(_WORDS))
+_GLUED = re.compile(
+    r"(?<=\S)(?:--(?=(?:%s)(?:[\s\d]|$))|—(?=no\s|(?:%s)(?:%s)))"
+    % (*["|".join(sorted(_OPTIONS))] * 2, _ENDS),
+    re.IGNORECASE,
+)
 _VALUE = re.compile(r"-?[\d.:x/,]+|[4][abc]", re.IGNORECASE)
 
 
 def strip_flags(prompt: str) -> str:
     """A Midjourney prompt as a caption: no options (--ar 16:9, --v 5, --no people), no links to
     pictures, no weights (::2)."""
-    text = _GLUED.sub(r" \1\2", _LINK.sub(" ", prompt))
+    text = _GLUED.sub(r" \g<0>", _LINK.sub(" ", prompt))
     kept: list[str] = []
     option = ""  # the one whose values may follow
     words = text.split()
     for place, word in enumerate(words):
-        following = words[place + 1] if place + 1 < len(words) else ""
-        if name := _option(word, following):
+        if name := _option(word, words[place + 1 : place + 3]):
             option = name
         elif word == option or (option and _is_value(word, option)):
             option = "" if word.lower() in _WORDS else option
@@ -133,17 +140,27 @@ def strip_flags(prompt: str) -> str:
     return re.sub(r"\s+([,.;])", r"\1", text).strip(" ,;-—–")
 
 
-def _option(word: str, following: str) -> str:
-    """The name of the option that a word begins; "" if it begins none."""
+def _option(word: str, following: list[str]) -> str:
+    """The name of the option that a word begins, with one or two after it; "" if it begins none."""
     found = _HYPHENS.fullmatch(word)
     if found is None:
         return ""
     hyphens, name, rest = found.groups()
     if not name:  # "-- ar 16:9"
-        return following if not rest and following.lower() in _OPTIONS else ""
+        return following[0] if not rest and _is_last(following) else ""
     glued = rest == "" or _VALUE.fullmatch(rest.lstrip("=:")) is not None
-    known = name.lower() in _OPTIONS
-    return name if (hyphens == "--" or known) and (glued or known) else ""
+    if hyphens == "--":
+        return name if glued or name.lower() in _OPTIONS else ""
+    return name if glued and _is_last([name + rest.rstrip(","), *following]) else ""
+
+
+def _is_last(words: list[str]) -> bool:
+    """Whether the first of these words is an option, and nothing but its value may follow."""
+    found = re.match("[a-z]*", words[0].lower()) if words else None
+    if found is None or found[0] not in _OPTIONS:
+        return False
+    rest = " ".join([words[0][found.end() :], *words[1:2]])
+    return found[0] == "no" or re.match(_ENDS, rest, re.IGNORECASE) is not None
 
 
 def _is_value(word: str, option: str) -> bool:

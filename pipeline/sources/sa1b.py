@@ -25,8 +25,8 @@ from pipeline.sources.files.packed import pictures
 from pipeline.sources.tables.captions import caption_text
 
 ARCHIVE = re.compile(r"sa_(\d{6})\.tar")
-PICTURE = re.compile(r"sa_(\d+)\.\w+")
-TEXT = re.compile(r"(?:^|/)sa_(\d+)\.txt$")
+PICTURE = re.compile(r"sa_(\d{1,9})\.\w+")
+TEXT = re.compile(r"(?:^|/)sa_(\d{1,9})\.txt$")
 SCHEMES = ("http://", "https://", "s3://", "gs://")
 CAPTIONS = "SA1B_caption.tar.gz"
 SPAN = 50_000  # pictures whose captions are sorted together
@@ -95,12 +95,15 @@ class SA1B(Hosted):
                 "that has the tars)"
             )
         if self.archives:
-            found = {p.name: str(p) for p in Path(self.archives).glob("sa_*.tar")}
+            found = {p.name: str(p) for p in Path(self.archives).expanduser().glob("sa_*.tar")}
             if not found:
                 raise SettingError(f"archives={self.archives}: has no sa_*.tar")
             return found
         try:
-            with transfer.local(self.links) as path, open(path, newline="") as file:
+            with (
+                transfer.local(self.links) as path,
+                open(path, encoding="utf-8-sig", newline="") as file,
+            ):
                 return _links(file)
         except (transfer.TransferError, UnicodeDecodeError, csv.Error) as error:
             raise SettingError(f"links: cannot be read: {error}") from None
@@ -111,7 +114,7 @@ class SA1B(Hosted):
         captions: dict[int, str] = {}
         if found:
             url = self.url(CAPTIONS)
-            table = sorted_rows(f"sa1b {url}", lambda: _published_rows(url), SPAN)
+            table = sorted_rows(f"sa1b {transfer.stamped(url)}", lambda: _published_rows(url), SPAN)
             captions = {r.number: r.caption for r in rows_of(table, min(found), max(found))}
 
         def describe(name: str) -> str | tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -50,7 +51,7 @@ class WebDataset(Hosted):
     def _no_users(cls, value: str) -> str:
         if re.search(r"//[^/\s]*@", value.replace("hf://datasets/", "")):
             raise ValueError("must hold no user or password")
-        return value
+        return " ".join(map(os.path.expanduser, value.split()))
 
     def bases(self) -> list[str]:
         hosts = [_hub_base(word) for word in f"{self.tars} {self.sidecar}".split()]
@@ -68,7 +69,7 @@ class WebDataset(Hosted):
             raise SettingError(f"sidecar={self.sidecar}: {len(sidecars)} for {len(tars)} tars")
         # Queries may hold signatures: they are no part of what a shard is.
         return [
-            InputShard(f"{number:05d}", self.split, (transfer.public(tar),))
+            InputShard(f"{number:05d}", self.split, (self._public(tar),))
             for number, tar in enumerate(tars)
         ]
 
@@ -93,13 +94,13 @@ class WebDataset(Hosted):
                         f"samples; set digits={self.digits + 1}"
                     ) from None
                 if only is None or key in only:
-                    yield self._sample(key, found, transfer.public(self._where(tar)), captions)
+                    yield self._sample(key, found, self._public(self._where(tar)), captions)
 
     def decisive(self) -> dict[str, Any]:
         chosen = {
             name: getattr(self, name) for name in ("caption", "sidecar_key", "image", "digits")
         }
-        sidecar = " ".join(map(transfer.public, self.sidecar.split()))
+        sidecar = " ".join(map(self._public, self.sidecar.split()))
         return {**super().decisive(), **chosen, "sidecar": sidecar}
 
     def estimate(self, shard: InputShard) -> int:
@@ -115,6 +116,8 @@ class WebDataset(Hosted):
             return Reject(key, "download", found.refused.reason, found.refused.detail)
         name = self._picture(found)
         if name is None:
+            if any(map(archives.is_picture, found.names.values())) and not self.image:
+                return Reject(key, "download", "undecodable", f"{found.stem[:200]!r}: no bytes")
             held = ", ".join(sorted(found.names)) or "nothing"
             return Reject(key, "download", "no-picture", f"{found.stem[:200]!r} has {held}")
         facts = _json(found.data.get("json", b""))
@@ -167,7 +170,8 @@ class WebDataset(Hosted):
         stems = {PurePosixPath(split_name(name)[0]).name for name in archives.names(path)}
         sidecars = self._expanded(self.sidecar) or [_beside(tar)]
         sidecar = sidecars[0] if len(sidecars) == 1 else self._given(shard, self.sidecar)
-        with transfer.local(self._where(sidecar), keep=len(sidecars) == 1) as file:
+        shared = bool(self.sidecar) and len(sidecars) == 1  # by all tars
+        with transfer.local(self._where(sidecar), keep=shared) as file:
             try:
                 table = pq.read_table(
                     file,
@@ -186,6 +190,10 @@ class WebDataset(Hosted):
         if pattern == self.tars and "?" not in pattern:
             return shard.spec[0]
         return self._expanded(pattern)[int(shard.id)]
+
+    def _public(self, name: str) -> str:
+        """A URL without what may be secret. In the name of a local file, # and ? are letters."""
+        return transfer.public(name) if "://" in self._where(name) else name
 
     def _where(self, name: str) -> str:
         if base := _hub_base(name):
@@ -234,9 +242,11 @@ def _listed(url: str) -> list[str]:
     Raises:
         SettingError: it cannot be listed.
     """
+    protocol = url.split("://")[0]
     try:
-        fs = remote.connect(url, url.split("://")[0])
-        return sorted(fs.unstrip_protocol(name) for name in fs.glob(url))
+        names = remote.connect(url, protocol).glob(url)
+        # With the protocol's name that was given: s3a is s3, and fsspec would say so.
+        return sorted(name if "://" in name else f"{protocol}://{name}" for name in names)
     except Exception as error:  # clients have no common base
         text = transfer.harmless(str(error) or type(error).__name__)
         raise SettingError(f"{transfer.public(url)}: cannot be listed: {text}") from None

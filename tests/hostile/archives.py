@@ -31,7 +31,7 @@ def _archive(
     name: str, verdict: str, why: str, make: Callable[[], bytes], alone: bool = False
 ) -> Archive:
     by_member = verdict not in (SAMPLE, ERROR, "no-caption") and not name.startswith(
-        ("ungrouped", "broken-picture")
+        ("ungrouped", "broken-picture", "two-cases")
     )
     return Archive(name, verdict, why, make, alone, by_member)
 
@@ -278,6 +278,30 @@ CASES: list[Archive] = [
     ),
     # Odd, and good.
     _archive(
+        "hole.tar",
+        ERROR,
+        "zeros for a header in the middle, as broken copies have them",
+        lambda: _holed(tar(*pair("0001", 2002), *pair("0002", 2003))),
+    ),
+    _archive(
+        "joined.tar",
+        ERROR,
+        "two tars in one file: the second one is behind the end",
+        lambda: tar(*pair("0001", 2002)) + tar(*pair("0002", 2003)),
+    ),
+    _archive(
+        "after-end.tar",
+        SAMPLE,
+        "noise behind the end",
+        lambda: tar(*pair("0001", 2002)) + b"noise" * 999,
+    ),
+    _archive(
+        "two-cases.tar",
+        UNSAFE,
+        "a sample with a .jpg and a .JPG: which is meant?",
+        lambda: tar(*pair("0001", 2002), member("0001.JPG", jpeg(2003))),
+    ),
+    _archive(
         "ungrouped.tar",
         UNSAFE,
         "a sample whose two files lie apart",
@@ -328,3 +352,8 @@ CASES: list[Archive] = [
 def _corrupt(data: bytes) -> bytes:
     at = data.index(b"0001.jpg")
     return data[:at] + b"X" + data[at + 1 :]
+
+
+def _holed(data: bytes) -> bytes:
+    at = data.index(b"0002.jpg")
+    return data[:at] + bytes(tarfile.BLOCKSIZE) + data[at + tarfile.BLOCKSIZE :]

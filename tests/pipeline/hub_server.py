@@ -57,6 +57,7 @@ class HubServer:
         repos: "owner/name" -> {path: bytes}.
         gated: repos that only `token` may read.
         validators: whether the CDN sends ETags.
+        busy: how many more questions to the hub itself get a 503.
         seen: every request so far to both, in order.
     """
 
@@ -67,6 +68,7 @@ class HubServer:
         self.token = "hf_" + "t" * 20
         self.commit = COMMIT
         self.validators = True
+        self.busy = 0
         self.seen: list[Request] = []
         self.faults: list[Fault] = []
         self._closing = threading.Event()
@@ -146,6 +148,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 class _Hub(_Handler):
     def respond(self) -> None:
+        if self.hub.busy > 0:
+            self.hub.busy -= 1
+            return self.send(503)
         path = urlsplit(self.path).path
         found = re.fullmatch(
             r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.*))?)?", path

@@ -31,6 +31,7 @@ from pipeline.sources.files.archives import BrokenArchive
 from pipeline.sources.files.transfer import TransferError
 from pipeline.sources.journeydb import strip_flags
 from pipeline.sources.sa1b import SA1B
+from pipeline.sources.webdataset import WebDataset
 from pipeline.stages.download import Download
 from pipeline.stages.images import read_images
 from tests.pipeline import upstream
@@ -121,7 +122,7 @@ def test_a_commit_is_planned_with_no_network(store, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     pinned = stage("cc12m", base=f"hf://datasets/pixparse/cc12m-wds@{COMMIT}")
     assert len(plan(pinned, Catalog(store)).pending) == 2176
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
     with pytest.raises(SettingError, match="pixparse/cc12m-wds: the hub cannot be asked"):
         plan(stage("cc12m"), Catalog(Store(store.root + "-other")))
 
@@ -213,6 +214,18 @@ def test_links_of_sa1b_are_nowhere_but_in_the_list(server, store, sa1b, tmp_path
     assert "s3cr3t" not in repr(SA1B(links=f"{server.url}/list?s3cr3t"))
 
 
+def test_a_list_that_windows_has_saved(tmp_path):
+    path = tmp_path / "links.tsv"
+    path.write_text("\ufefffile_name\tcdn_link\r\nsa_000001.tar\thttps://host/1\r\n")
+    assert [shard.id for shard in SA1B(links=str(path)).shards()] == ["00001"]
+
+
+def test_a_number_that_no_picture_has(server, store, sa1b, tmp_path):
+    (tmp_path / "sa_000020.tar").write_bytes(upstream.sa1b_tar([201, 10**30]))
+    run_here(stage("sa1b", archives=str(tmp_path), captions="pixart"), store)
+    assert [r["status"] for r in rows(store, "sa1b", "00020")] == ["success", "no-caption"]
+
+
 def test_sa1b_of_a_folder_of_tars(server, store, tmp_path):
     (tmp_path / "sa_000007.tar").write_bytes(upstream.sa1b_tar([71]))
     run_here(stage("sa1b", archives=str(tmp_path)), store)
@@ -267,6 +280,15 @@ def test_journeydb_needs_leave_and_gives_prompts_without_options(server, store, 
     assert server.token.encode() not in everything(Path(store.root))
 
 
+def test_an_annotation_of_no_archive_costs_nothing_else(store, tmp_path):
+    files = upstream.journeydb({"train": {0: ["a fox"], 10**30: ["a stray"], 201: ["another"]}})
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    run_here(stage("journeydb", base=str(tmp_path)), store, Choice("0"))
+    assert [row["caption"] for row in rows(store, "journeydb", "00000")] == ["a fox"]
+
+
 @pytest.mark.parametrize(
     ("prompt", "caption"),
     [
@@ -280,6 +302,12 @@ def test_journeydb_needs_leave_and_gives_prompts_without_options(server, store, 
         ("cat--ar 2:3", "cat"),
         ("a cat -- ar 16 : 9 --tile dancing", "a cat dancing"),
         ("a well-lit room — with a dog", "a well-lit room — with a dog"),
+        ("a portrait — old man, 35mm", "a portrait — old man, 35mm"),
+        ("a portrait -- old man --hd", "a portrait -- old man"),
+        ("photograph—old man", "photograph—old man"),
+        ("a cat—video game —hd —test", "a cat—video game"),
+        ("a cat—v 4 —style raw —ar16:9", "a cat"),
+        ("a cat —no people, hats", "a cat"),
         ("a man with 3 dogs --seed 123 --hd", "a man with 3 dogs"),
         ("octane render, --testp --creative --upbeta", "octane render"),
         ("--v 4", ""),
@@ -349,6 +377,34 @@ def test_coco_keeps_every_reference_in_order_of_id(server, store, monkeypatch):
     assert len(whole) == 1
 
 
+def test_a_copy_that_is_mended_is_read_again(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(Coco2014, "images", 2)
+    coco = stage("coco2014", base=str(tmp_path / "coco"))
+    for ids in ([1], [1, 2]):
+        for name, data in upstream.coco2014(ids).items():
+            (tmp_path / "coco" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "coco" / name).write_bytes(data)
+        if len(ids) == 1:
+            with pytest.raises(SettingError, match="1 pictures have captions"):
+                run_here(coco, store)
+    assert run_here(coco, store) == 1
+
+
+def test_annotations_that_are_none(store, tmp_path):
+    table = upstream.parquet([{"image_name": "a.webp", "part_id": 1, "prompt": "a"}])
+    (tmp_path / "metadata-large.parquet").write_bytes(table)
+    zipped = tmp_path / "diffusiondb-large-part-1/part-000001.zip"
+    zipped.parent.mkdir()
+    zipped.write_bytes(upstream.zipped([("a.webp", upstream.picture(1))]))
+    with pytest.raises(SettingError, match="has no column image_nsfw"):
+        run_here(stage("diffusiondb", base=str(tmp_path)), store, Choice("1"))
+    captions = upstream.zipped([("annotations/captions_val2014.json", b'{"images": []}')])
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/annotations_trainval2014.zip").write_bytes(captions)
+    with pytest.raises(BrokenArchive, match="no captions as COCO writes them: KeyError"):
+        run_here(stage("coco2014", base=str(tmp_path)), store, Choice("0"))
+
+
 def test_coco_is_checked_against_its_size_and_its_checksum(server, store, monkeypatch):
     server.files.update(upstream.coco2014([1, 2]))
     with pytest.raises(SettingError, match="2 pictures have captions, COCO 2014 has 40504"):
@@ -376,6 +432,28 @@ def test_tars_of_a_folder_with_captions_in_json(server, store, tmp_path):
         assert [rows(root, "webdataset", f"{n:05d}")[0]["caption"] for n in range(3)] == expected
     trees = [tree(Path(f"{store.root}-{name}")) for name in "abc"]
     assert trees[0] == trees[1] == trees[2]
+
+
+def test_local_names_are_taken_as_they_are(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c#").mkdir()
+    (tmp_path / "c#" / "t#1.tar").write_bytes(upstream.wds_tar(upstream.samples(0, 2)))
+    for number, tars in enumerate(("~/c#/t#1.tar", "~/c#/*.tar", f"{tmp_path}/c#/t#{{1..1}}.tar")):
+        root = Store(f"{store.root}-{number}")
+        run_here(stage("webdataset", tars=tars), root)
+        assert len(rows(root, "webdataset", "00000")) == 2
+    run_here(stage("webdataset", base="~/c#", tars="t#1.tar"), store)
+    assert len(rows(store, "webdataset", "00000")) == 2
+
+
+def test_a_parquet_beside_a_tar_goes_with_it(server, store):
+    names = ("000000000", "000000001")
+    server.files["t.tar"] = upstream.wds_tar(upstream.samples(0, 2))
+    server.files["t.parquet"] = upstream.parquet([{"key": n, "TEXT": f"of {n}"} for n in names])
+    run_here(stage("webdataset", tars=f"{server.url}/t.tar", caption="parquet:TEXT"), store)
+    found = rows(store, "webdataset", "00000")
+    assert [row["caption"] for row in found] == [f"of {n}" for n in names]
+    assert [p.name for p in scratch().iterdir()] == []
 
 
 def test_tars_behind_signed_links(server, store):
@@ -444,6 +522,8 @@ def test_what_is_no_sample_is_a_reject_with_its_reason(server, store, tmp_path):
         ("0009.PNG", upstream.picture(9, form="PNG")),
         ("0009.txt", "\ufeffÜber".encode()),
         ("0009.json", b"[" * 100_000),
+        ("0010.jpg", b""),
+        ("0010.txt", b"a picture of no bytes"),
     ]
     (tmp_path / "t.tar").write_bytes(upstream.tar(members))
     run_here(stage("webdataset", tars=str(tmp_path / "t.tar")), store)
@@ -457,11 +537,12 @@ def test_what_is_no_sample_is_a_reject_with_its_reason(server, store, tmp_path):
         ("5", "unsafe-member"),
         ("6", "unsafe-member"),
         ("7", "success"),
+        ("8", "undecodable"),
     ]
     details = {row["key"][-1]: row["error_message"] for row in found}
     assert details["4"] == "'0005.pickle': a pickle"
     assert details["5"] == "'0001.png': its sample's other files lie elsewhere in the tar"
-    assert found[-1]["caption"] == "Über"
+    assert found[-2]["caption"] == "Über"
 
 
 def test_only_the_keys_that_are_asked_for(server, store):
@@ -581,6 +662,9 @@ def test_tars_on_s3(tmp_path, monkeypatch):
             assert [r["url"] for r in rows(here, "webdataset", shard)] == [
                 f"http://web/{s.key}.jpg" for s in upstream.samples(n)
             ]
+        # A protocol's second name: listings come back under the first one.
+        (first, *_) = WebDataset(tars=f"s3a://{BUCKET}/tars/t-*.tar").shards()
+        assert first.spec == (f"s3a://{BUCKET}/tars/t-0.tar",)
         with pytest.raises(TransferError, match=r"t-2.tar: there is no such file"):
             run_here(stage("webdataset", tars="t-2.tar", base=base), Store(tmp_path / "other"))
         with pytest.raises(TransferError), transfer.local(f"s3://{BUCKET}/tars"):

@@ -56,6 +56,18 @@ def test_members_of_a_zip_in_the_order_asked_for(tmp_path):
     assert (large.reason, large.data) == ("too-large", b"")
 
 
+def test_a_zip_of_a_version_that_there_is_not(tmp_path):
+    data = bytearray(upstream.zipped(FILES))
+    data[data.index(b"PK\1\2") + 6] = 99
+    with pytest.raises(BrokenArchive, match=r"x.zip: .*version 9.9"):
+        list(members(at(tmp_path / "x.zip", bytes(data))))
+
+
+def test_a_zip_with_a_member_of_no_name(tmp_path):
+    path = at(tmp_path / "x.zip", upstream.zipped([("\0.jpg", b"odd"), *FILES]))
+    assert [m.name for m in members(path)][1:] == [name for name, _ in FILES]
+
+
 def test_a_zip_with_links_and_passwords(tmp_path):
     path = tmp_path / "x.zip"
     with zipfile.ZipFile(path, "w") as file:

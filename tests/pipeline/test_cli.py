@@ -62,6 +62,16 @@ def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, tmp_path, argumen
     assert any(part in err for part in message.split("|")), err
 
 
+def test_a_password_in_a_setting_is_not_said_again(monkeypatch, capsys, tmp_path):
+    base = "base=https://me:s3cr3t@host/x?sig=s3cr3t"
+    code, out, err = call(
+        monkeypatch, capsys, "run", "download", "--source", "cc12m", "--set", base
+    )
+    assert (code, out) == (2, "")
+    assert "base='https://host/x?…': must hold no user" in err
+    assert "s3cr3t" not in err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

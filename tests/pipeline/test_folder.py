@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.core.errors import SettingError
+from pipeline.core.errors import SettingError, StorageError
 from pipeline.core.samples import RawImage, Reject
 from pipeline.core.store import Store
 from pipeline.plan import Choice
@@ -320,6 +320,8 @@ def test_a_file_over_the_limit_is_not_read(cats):
         ({"table": "broken.parquet"}, "cannot be read"),
         ({"table": "broken.csv"}, "cannot be read"),
         ({"table": "empty.csv"}, "no rows|cannot be read"),
+        ({"table": "twice.csv"}, "cannot be read: two columns of the name 'text'"),
+        ({"table": "lists.jsonl"}, r"caption_col=text: a list in row 2 of lists.jsonl"),
         ({"caption_extension": ".cap"}, "captions=own.*set table: broken.csv"),
     ],
 )
@@ -329,9 +331,23 @@ def test_settings_that_cannot_be_used(cats, settings, message):
     (cats / "broken.csv").write_bytes(b"file_name,text\n\xff,\xfe\n")
     (cats / "broken.parquet").write_bytes(b"PAR1")
     (cats / "empty.csv").write_text("file_name,text\n")
+    (cats / "twice.csv").write_text("file_name,text,text\na.jpg,one,two\n")
+    table(cats, "lists.jsonl", [{"file_name": "a.jpg", "text": t} for t in ("one", ["two"])])
     with pytest.raises(SettingError, match=message) as error:
         Folder(**{"folder": str(cats), **settings}).shards()
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_listed(cats):
+    here = os.open(cats, os.O_RDONLY)
+    for _ in range(20):  # deeper than the system takes a path: as good as one without leave
+        os.mkdir("d" * 250, dir_fd=here)
+        below = os.open("d" * 250, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    with pytest.raises(StorageError, match="ddd: File name too long"):
+        Folder(folder=str(cats)).shards()
 
 
 def test_a_folder_without_pictures(tmp_path):

@@ -331,6 +331,14 @@ def test_a_broken_connection_is_tried_again(server, local):
     assert captions(HubDataset(repo="cats/many")) == captions(HubDataset(repo=local))
 
 
+def test_a_busy_hub_is_asked_again(server, local):
+    server.busy = 3
+    assert captions(HubDataset(repo="cats/many")) == captions(HubDataset(repo=local))
+    server.busy = 99
+    with pytest.raises(SettingError, match=r"cats/many: the hub cannot be asked: .*503"):
+        HubDataset(repo="cats/many").shards()
+
+
 def test_a_gated_dataset_needs_a_token(server, monkeypatch, local):
     server.gated.add("cats/many")
     with pytest.raises(SettingError, match="gated"):
@@ -350,6 +358,9 @@ def test_a_gated_dataset_needs_a_token(server, monkeypatch, local):
         ({"repo": "cats/text"}, "cats/text@refs/convert/parquet"),
         ({"repo": "cats/broken"}, "broken/train.parquet: no parquet file|no parquet file"),
         ({"splits": "test"}, "has 'test' for a word"),
+        ({"splits": ""}, "splits=: name at least one"),
+        ({"splits": "train,train=val"}, "train-00000-of-00002.parquet would come twice"),
+        ({"caption_col": "image"}, "caption_col=image: is of type struct.*name a column of text"),
         ({"image_col": "img"}, "image_col=img: no such column.*image, text, id"),
         ({"caption_col": "txet"}, 'mean "text"'),
     ],

@@ -108,11 +108,42 @@ def test_a_file_that_changes_between_two_parts_is_never_mixed(server, monkeypatc
     assert read(f"{server.url}/big.tar") == OTHER
 
 
+@pytest.mark.parametrize("name", ["ETag", "Last_Modified"])
+def test_parts_of_two_versions_are_never_mixed_whatever_a_server_takes(server, monkeypatch, name):
+    server.validators = False
+    first, second = {"ETag": ('W/"1"', 'W/"2"'), "Last_Modified": ("Mon", "Tue")}[name]
+    server.fault(cut=100_000, headers={name: first})
+    server.fault(headers={name: second}, times=2)
+    other = OTHER + DATA[: len(DATA) - len(OTHER)]
+    monkeypatch.setattr(time, "sleep", lambda _: server.files.update({"big.tar": other}))
+    monkeypatch.setattr("tests.pipeline.hub_server._Cdn.first_byte", _any_version)
+    assert read(f"{server.url}/big.tar") == other
+
+
+def _any_version(handler, etag: str) -> int | None:
+    """As servers do that know no If-Range."""
+    return int(handler.headers["Range"][6:-1]) if "Range" in handler.headers else None
+
+
+def test_a_packed_file_is_not_a_packed_answer(server):
+    """Apache calls a .tgz that lies on its disk "in gzip", whatever was asked for."""
+    server.files["big.tgz"] = DATA
+    server.fault(headers={"Content_Encoding": "x-gzip"})
+    assert read(f"{server.url}/big.tgz") == DATA
+
+
 def test_without_ranges_it_begins_anew(server):
     server.fault(cut=100_000)
     server.fault(no_ranges=True)
     assert read(f"{server.url}/big.tar") == DATA
     assert transfer.take_counters()["transfers begun anew"] == 1
+
+
+def test_a_server_without_ranges_that_never_gives_all_is_given_up(server):
+    for cut in (200_000, 100_000) * 10:
+        server.fault(cut=cut, no_ranges=True)
+    with pytest.raises(TransferError, match="given up after 9 attempts"):
+        read(f"{server.url}/big.tar")
 
 
 @pytest.mark.parametrize("length", [100, 299_999])
@@ -234,6 +265,13 @@ def test_names_in_the_scratch_folder_hold_no_secret(server):
 
 def _scratch_files() -> list[Path]:
     return [p for p in transfer.scratch().iterdir() if p.is_file()]
+
+
+@pytest.mark.parametrize("before", [0, 280, 285, 290, 295])
+def test_a_message_that_is_cut_shows_no_half_of_a_password(before):
+    line = transfer.harmless("x" * before + " https://me:s3cr3t@host/a?sig=s3cr3t failed")
+    assert "s3" not in line
+    assert len(line) <= 300
 
 
 def test_a_full_disk_is_found_before_the_first_byte(server, monkeypatch):

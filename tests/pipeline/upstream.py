@@ -133,7 +133,7 @@ def journeydb(prompts: dict[str, dict[int, list[str]]]) -> dict[str, bytes]:
             members = []
             for n, prompt in enumerate(texts):
                 name = f"{number:03d}/{split}-{number}-{n}.jpg"
-                members.append((name, picture(number * 1000 + n, 520, 530)))
+                members.append((name, picture(number % 10**6 * 1000 + n, 520, 530)))
                 if prompt is not None:
                     record = {
                         "uuid": f"{n}",

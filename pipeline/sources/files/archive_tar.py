@@ -24,7 +24,7 @@ GLOBAL_HEADERS = 1000  # PAX records that hold for all members to come
 
 
 def tar_members(path: Path, limit: int) -> Iterator[Entry]:
-    with open_tar(path) as (tar, source):
+    with open_tar(path) as tar:
         for info in infos(tar):
             if info.isdir():
                 continue
@@ -36,8 +36,22 @@ def tar_members(path: Path, limit: int) -> Iterator[Entry]:
             else:
                 problem = too_large(info.size, limit)
             yield info.name, problem, lambda info=info: _tar_data(tar, info)
-        while source is not None and source.read(1 << 20):
-            pass  # to the end, where a compressed stream has its checksum
+        _require_end(tar)
+
+
+def _require_end(tar: tarfile.TarFile) -> None:
+    """Reads on to the file's last byte, where a compressed stream has its checksum.
+
+    Zeros that a broken copy has left in the middle look like the end, but members follow them.
+    """
+    while block := tar.fileobj.read(tarfile.BLOCKSIZE):  # pyright: ignore
+        if block.strip(b"\0"):
+            with contextlib.suppress(tarfile.HeaderError):
+                info = tarfile.TarInfo.frombuf(block, tar.encoding or "utf-8", tar.errors)
+                raise BrokenArchive(
+                    f"{info.name[:200]!r} follows its end: a copy with a hole, or several tars in "
+                    "one file"
+                )
 
 
 def _tar_data(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
@@ -96,19 +110,17 @@ _EXTENSIONS = (
 
 
 @contextlib.contextmanager
-def open_tar(path: Path) -> Iterator[tuple[tarfile.TarFile, _Expanded | None]]:
-    """The tar, and its expanded bytes where it is compressed."""
+def open_tar(path: Path) -> Iterator[tarfile.TarFile]:
     magic = magic_of(path)
     opener = next((o for start, o in _COMPRESSIONS.items() if magic.startswith(start)), None)
     with contextlib.ExitStack() as stack:
         raw = stack.enter_context(open(path, "rb"))
         if opener is None:
-            yield stack.enter_context(tarfile.TarFile(fileobj=raw, tarinfo=_StrictInfo)), None
+            yield stack.enter_context(tarfile.TarFile(fileobj=raw, tarinfo=_StrictInfo))
             return
-        source = _Expanded(raw, stack.enter_context(opener(raw)))
-        stream = cast(IO[bytes], source)
+        stream = cast(IO[bytes], _Expanded(raw, stack.enter_context(opener(raw))))
         tar = tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictInfo, bufsize=1 << 18)  # noqa: SIM115
-        yield stack.enter_context(tar), source
+        yield stack.enter_context(tar)
 
 
 _COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], Any]] = {

@@ -23,7 +23,7 @@ def zip_members(path: Path, limit: int) -> Iterator[Entry]:
         infos = archive.infolist()
         overlapping = _overlapping(infos)
         for info in infos:
-            if not info.is_dir():
+            if not info.filename or not info.is_dir():  # zipfile looks at a name's last letter
                 problem = zip_problem(info) or too_large(info.file_size, limit)
                 if info.header_offset in overlapping:
                     problem = "unsafe-member", "its bytes are those of another member as well"

@@ -119,7 +119,7 @@ def open_member(path: Path, chosen: Callable[[str], bool]) -> Iterator[IO[bytes]
     Raises:
         BrokenArchive: the archive is, or it has no such member.
     """
-    with _judged(path), open_tar(path) as (tar, _):
+    with _judged(path), open_tar(path) as tar:
         for info in infos(tar):
             if info.isreg() and not info.issparse() and chosen(info.name):
                 yield cast(IO[bytes], tar.extractfile(info))
@@ -172,7 +172,7 @@ def _judged(path: Path) -> Iterator[None]:
         raise BrokenArchive(str(error) if name in str(error) else f"{name}: {error}") from None
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         raise BrokenArchive(f"{path.name}: {error or 'it breaks off'}") from None
-    except (RecursionError, UnicodeError, OverflowError, ValueError) as error:
+    except (RecursionError, NotImplementedError, OverflowError, ValueError) as error:
         raise BrokenArchive(f"{path.name}: {type(error).__name__}: {error}") from None
     except OSError as error:
         if error.errno is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -31,7 +32,7 @@ class Hosted(BaseModel):
     def _no_secrets(cls, base: str) -> str:
         if "?" in base or re.search(r"//[^/]*@", base.replace("hf://datasets/", "")):
             raise ValueError("must hold no user, password or query: it is kept with every shard")
-        return base.rstrip("/")
+        return os.path.expanduser(base.rstrip("/"))
 
     def attach(self, store: Store, folder: str) -> None:
         """Settles which commit each hub dataset is read at; asks the hub the first time only."""

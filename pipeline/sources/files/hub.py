@@ -8,12 +8,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
 
 from pipeline.core.errors import SettingError
+from pipeline.sources.files import transfer
 from pipeline.sources.files.transfer import Facts, Interrupted, TransferError, harmless
 
+T = TypeVar("T")
+ATTEMPTS = 5  # of a question, while planning
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -55,10 +59,14 @@ def commit(repo: str, revision: str = "main") -> str:
     """
     if COMMIT.fullmatch(revision):
         return revision
-    with _settled(repo), _explained(repo, revision):
-        sha = _api().dataset_info(repo, revision=revision, timeout=30).sha
-        assert sha is not None
-        return sha
+
+    def ask() -> str:
+        with _explained(repo, revision):
+            sha = _api().dataset_info(repo, revision=revision, timeout=30).sha
+            assert sha is not None
+            return sha
+
+    return patiently(repo, ask)
 
 
 def files(repo: str, revision: str, folder: str = "") -> list[str]:
@@ -69,11 +77,35 @@ def files(repo: str, revision: str, folder: str = "") -> list[str]:
     """
     from huggingface_hub.hf_api import RepoFile
 
-    with _settled(repo), _explained(repo, revision, folder):
-        tree = _api().list_repo_tree(
-            repo, folder or None, recursive=True, revision=revision, repo_type="dataset"
-        )
-        return sorted(entry.path for entry in tree if isinstance(entry, RepoFile))
+    def ask() -> list[str]:
+        with _explained(repo, revision, folder):
+            tree = _api().list_repo_tree(
+                repo, folder or None, recursive=True, revision=revision, repo_type="dataset"
+            )
+            return sorted(entry.path for entry in tree if isinstance(entry, RepoFile))
+
+    return patiently(repo, ask)
+
+
+def patiently(repo: str, ask: Callable[[], T]) -> T:
+    """What the hub answers in the end, to a plan; a transfer tries again by itself.
+
+    Raises:
+        SettingError: it does not, or has nothing of the kind.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return ask()
+        except Interrupted as error:
+            if attempt == ATTEMPTS - 1:
+                raise SettingError(
+                    f"{repo}: the hub cannot be asked: {error}; try again, or give a commit for "
+                    "the revision, of which nothing has to be asked"
+                ) from None
+            time.sleep(min(max(transfer.BACKOFF_S * 2**attempt, error.after_s), transfer.LONGEST_S))
+        except TransferError as error:
+            raise SettingError(str(error)) from None
+    raise AssertionError
 
 
 def link(url: str) -> Link:
@@ -151,17 +183,3 @@ def _explained(repo: str, revision: str, path: str = "") -> Iterator[None]:
         raise Interrupted(f"the hub answers with HTTP {status}", asked) from None
     except (requests.RequestException, errors.FileMetadataError) as error:
         raise Interrupted(f"{type(error).__name__}: {harmless(str(error))}") from None
-
-
-@contextlib.contextmanager
-def _settled(repo: str) -> Iterator[None]:
-    """Outside a transfer, which tries again by itself, what cannot be asked is a plain error."""
-    try:
-        yield
-    except Interrupted as error:
-        raise SettingError(
-            f"{repo}: the hub cannot be asked: {error}; try again, or give a commit for the "
-            "revision, of which nothing has to be asked"
-        ) from None
-    except TransferError as error:
-        raise SettingError(str(error)) from None

@@ -37,7 +37,7 @@ def sorted_rows(identity: str, make: Callable[[], Iterable[Row]], span: int) -> 
     """The parquet of all rows in order of number; rows of equal number as they came.
 
     Args:
-        identity: of the content: URLs with revision. The file is made once for each.
+        identity: of the content, as transfer.stamped gives it. The file is made once for each.
         make: gives the rows, in any order. Called only where the file is not there yet.
         span: numbers that are sorted together, in memory; numbers divided by it give at most a few
             hundred buckets, each an open file.

@@ -99,7 +99,7 @@ def local(
         StorageError: the scratch folder is full or cannot be written.
     """
     if "://" not in url or url.startswith("file://"):
-        path = Path(url.removeprefix("file://"))
+        path = Path(url.removeprefix("file://")).expanduser()
         if not path.is_file():
             raise TransferError(f"{path}: there is no such file")
         yield path
@@ -123,6 +123,16 @@ def local(
             remove(target)
 
 
+def stamped(url: str) -> str:
+    """A URL for a name of its content; of a local file with size and date."""
+    if "://" in url:
+        return url
+    with contextlib.suppress(OSError):
+        status = os.stat(url)
+        return f"{url} {status.st_size} {status.st_mtime_ns}"
+    return url
+
+
 def public(url: str) -> str:
     """A URL without what may be secret: user, query and fragment."""
     parts = urlsplit(url)
@@ -132,8 +142,8 @@ def public(url: str) -> str:
 
 def harmless(text: str) -> str:
     """A client's message in one line, without the queries and users of the URLs in it."""
-    line = " ".join(text.split())[:300]
-    return re.sub(r"\?[^\s'\")>]*", "?…", re.sub(r"//[^/\s@]*@", "//", line))
+    line = " ".join(text.split())
+    return re.sub(r"\?[^\s'\")>]*", "?…", re.sub(r"//[^/\s@]*@", "//", line))[:300]
 
 
 class Transfer:
@@ -152,14 +162,17 @@ class Transfer:
             self.part.unlink(missing_ok=True)
             os.link(self.target, self.part)
         failed, mismatches = 0, 0
+        most = (
+            self._have()
+        )  # bytes that were here at once: where there are no ranges, they go again
         while True:
-            before = self._have()
             try:
                 self._attempt()
                 self._check()
                 break
             except Interrupted as error:
-                failed = 1 if self._have() > before else failed + 1
+                failed = 1 if self._have() > most else failed + 1
+                most = max(most, self._have())
                 if failed > ATTEMPTS:
                     raise TransferError(
                         f"{public(self.url)}: {error}; given up after {failed} attempts with "
@@ -171,6 +184,7 @@ class Transfer:
             except Changed as error:
                 self._forget()
                 COUNTERS["transfers begun anew"] += 1
+                most = 0
                 mismatches += 1
                 if mismatches > 2:
                     raise TransferError(f"{public(self.url)}: {error}, three times") from None

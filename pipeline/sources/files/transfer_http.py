@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from pipeline.sources.files.transfer import (
     COUNTERS,
@@ -68,6 +69,8 @@ def fetch(job: Transfer, url: str, headers: Mapping[str, str], known: Facts) -> 
             offset = _offset(response, have, facts)
             if offset is None:
                 return  # all is there
+            if offset and not known.version and _version(response) not in ("", facts.version):
+                raise Changed("upstream has another version now")  # and it knows no If-Range
             if offset == 0:
                 facts = _facts(response, known)
             with job.begin(facts, offset) as file:
@@ -114,7 +117,8 @@ def _judge(response: requests.Response, url: str) -> None:
             "or needs a login"
         )
     coding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if coding not in ("", "identity"):
+    packed = urlsplit(url).path.endswith((".gz", ".tgz")) and coding in ("gzip", "x-gzip")
+    if coding not in ("", "identity") and not packed:  # Apache says it of files that are so
         raise TransferError(f"{public(url)}: sent in {coding} though identity was asked for")
 
 
@@ -144,9 +148,13 @@ def _facts(response: requests.Response, known: Facts) -> Facts:
     size = int(length) if length.isdigit() else None
     if known.size is not None and size is not None and size != known.size:
         raise Changed(f"{size} bytes are sent, {known.size} were announced")
-    version = known.version or headers.get("ETag", "") or headers.get("Last-Modified", "")
+    version = known.version or _version(response)
     checksum = known.checksum or _checksum(headers)
     return replace(known, size=known.size or size, version=version, checksum=checksum)
+
+
+def _version(response: requests.Response) -> str:
+    return response.headers.get("ETag", "") or response.headers.get("Last-Modified", "")
 
 
 def _checksum(headers: Mapping[str, str]) -> str:

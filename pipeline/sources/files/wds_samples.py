@@ -36,6 +36,9 @@ def samples(found: Iterable[archives.Member]) -> Iterator[Sample]:
             seen.add(stem)
         if member.reason:
             sample.refused = sample.refused or member
+        elif ending in sample.names:
+            detail = f"{member.name[:200]!r}: its sample has {sample.names[ending][:200]!r} as well"
+            sample.refused = archives.Member(member.name, b"", "unsafe-member", detail)
         else:
             sample.names[ending] = member.name
             if member.data:

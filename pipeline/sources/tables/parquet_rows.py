@@ -53,6 +53,14 @@ def parse_footer(footer: bytes) -> Footer:
     return Footer(groups, metadata.schema.to_arrow_schema(), digest)
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column's values, or those of its lists, can be read as a text: numbers can."""
+    types = pa.types
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return not (types.is_nested(kind) or types.is_binary(kind) or types.is_large_binary(kind))
+
+
 def ranges(groups: Sequence[int], most: int) -> list[tuple[int, int]]:
     """(first row, rows) of parts of at most that many rows, at the bounds of row groups where
     these are smaller; the last one may be short."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+from collections import Counter
 from typing import Any, NamedTuple
 
 from pipeline.core.errors import SettingError, nearest
@@ -48,6 +49,14 @@ def read_rows(data: bytes, table: str, image_col: str, caption_col: str | None) 
     names = columns[image_col]
     if not names:
         raise SettingError(f"table={table}: no rows in it")
+    for setting, column in wanted.items():
+        for number, value in enumerate(columns[column], 1):
+            if isinstance(value, list | dict):
+                kind = type(value).__name__
+                raise SettingError(
+                    f"{setting}={column}: a {kind} in row {number} of {table}; a picture has one "
+                    "name and one text here (several captions: --kind hf reads lists)"
+                )
     captions = columns[caption_col] if caption_col else [""] * len(names)
     return [Row(_plain(n), _plain(c)) for n, c in zip(names, captions, strict=True)]
 
@@ -70,6 +79,9 @@ def _jsonl(data: bytes) -> dict[str, list[Any]]:
 
 def _arrow(data: bytes, ending: str) -> dict[str, list[Any]]:
     table = from_parquet(data) if ending == ".parquet" else _csv(data, ending)
+    for name, count in Counter(table.column_names).items():
+        if count > 1:
+            raise ValueError(f"two columns of the name {name!r}")
     return {name: table[name].to_pylist() for name in table.column_names}
 
 
