@@ -35,6 +35,7 @@ from pipeline.stages.caption_text import Refused, finish, parse_steps, words_up_
 from pipeline.stages.captions import Mix, chosen_captions, one_of, upstream
 from pipeline.stages.images import write_images
 from pipeline.verify import repair
+from tests.captioning.openai_server import Server
 from tests.pipeline.roots import pictures, run_here, tree
 
 IMAGES = "openmoji/images"
@@ -280,6 +281,25 @@ def test_the_page_shows_pictures_with_captions_and_needs_no_other_file(
     assert all(source.startswith("data:image/jpeg;base64,") for source in page.sources)
     assert "50 captions (5.0/s), 100 tokens (10.0/s), 2 truncated" in page.text
     assert text == colour.page(store, counters, 10.0)
+
+
+def test_a_picture_that_a_server_read_and_nobody_else_can_is_left_out_of_the_page(tmp_path):
+    store = Store(tmp_path)
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 90).convert("RGB").save(buffer, "PNG")
+    data = buffer.getvalue()
+    middle = len(data) // 2
+    broken = data[:middle] + bytes(64) + data[middle + 64 :]  # its header and its end are sound
+    odd = ImageSample(ImageRef("odd", "x:", "odd"), broken, "png", 64, 64, 64, 64)
+    write_images(store, IMAGES, InputShard("00000", "train"), {}, [*pictures(), odd], 0.0)
+    with Server() as server:
+        own = {"url": server.url, "model": "tiny"}
+        made = CaptionStage("openmoji", "endpoint", settings=own)
+        run_here(made, store)
+    assert "odd" in {row["key"] for row in rows_of(store, made.groups()[0])}
+    page = Page(made.page(store, Counter(), 1.0))
+    assert page.tags["figure"] == len(pictures())
+    assert "not shown: odd: " in page.text
 
 
 def test_a_runs_report_has_rates_and_counts_and_its_page_beside_it(downloaded, capsys):
