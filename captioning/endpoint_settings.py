@@ -66,8 +66,8 @@ def completions_url(url: str) -> str:
     try:
         parts = urlsplit(url.strip())
         host, _ = parts.hostname, parts.port
-    except ValueError as error:
-        raise BadSetting(f"url: no address ({error}); {example}") from error
+    except ValueError as error:  # which may quote what was to be a password
+        raise BadSetting(f"url: no address: its host or port cannot be read; {example}") from error
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         raise BadSetting(
             f"url=…{host or ''}…: a user, a password, a query or a fragment in it would end up in "

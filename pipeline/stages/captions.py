@@ -28,11 +28,13 @@ class Mix:
         """ "alt", "colour", or "alt:0.9,colour:0.1".
 
         Raises:
-            SettingError: a weight that is no positive number.
+            SettingError: a weight that is no positive number, or a name that is there twice.
         """
         weights: dict[str, float] = {}
         for part in text.split(","):
             name, _, weight = part.strip().partition(":")
+            if name in weights:
+                raise SettingError(f"captions={text}: {name} is there twice; give it one weight")
             try:
                 weights[name] = float(weight or 1)
             except ValueError:

@@ -43,6 +43,7 @@ def test_an_unknown_captioner_lists_those_there_are():
         ({"prompt": "shrot"}, r'prompt=shrot: unknown; did you mean "short"\?'),
         ({"prompt": "long,shrot"}, r'did you mean "short"\?'),
         ({"prompt": "  "}, "prompt='  ': empty"),
+        ({"prompt": "long, short, long"}, "long is there twice; name it once"),
         ({"prompt": "<image> and <image>"}, "several <image> slots"),
         ({"temperature": -1}, "temperature=-1"),
         ({"temperature": float("nan")}, "temperature=nan"),

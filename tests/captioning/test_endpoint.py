@@ -577,6 +577,12 @@ def test_a_key_that_cannot_be_one_is_refused_unseen(key, monkeypatch):
     assert key not in str(found.value)
 
 
+def test_an_address_whose_at_sign_is_forgotten_gives_no_password_away():
+    with pytest.raises(BadSetting, match="host or port") as found:
+        endpoint(f"http://user:{KEY}/v1")
+    assert KEY not in str(found.value)
+
+
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
