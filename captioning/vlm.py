@@ -128,7 +128,13 @@ class VisionLanguageModel(Captioner):
         if self._model is None:
             from captioning.vlm_model import Model
 
-            folder, _ = self._folder()
+            folder, commit = self._folder()
+            if commit and commit != self.revision:  # that of the machine which planned
+                raise BadSetting(
+                    f"captioner={self.name}: the hub cache of this machine has {commit}, the run "
+                    f"began with {self.revision}; run `pipeline fetch {self.name}` on each, or "
+                    "name the commit, owner/name@commit"
+                )
             self._model = Model(self.name, folder, self.settings)
             self.counters[f"loaded captioner {self.name}"] += 1
         return self._model

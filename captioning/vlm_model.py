@@ -42,7 +42,7 @@ class Model:
 
     Raises:
         BadSetting: transformers cannot load the folder as an image-text-to-text model, there is
-            no such device, or a prompt has no place for the picture.
+            no such device, its memory is too small, or a prompt has no place for the picture.
     """
 
     def __init__(self, name: str, folder: Path, settings: Settings) -> None:
@@ -242,7 +242,13 @@ def _load(name: str, folder: Path, settings: Settings) -> tuple[Any, Any]:
         ) from error
     if getattr(processor, "tokenizer", None) is None:
         raise BadSetting(f"captioner={name}: {folder} has no processor of pictures and text")
-    return processor, model.eval().to(settings.device)
+    try:
+        return processor, model.eval().to(settings.device)
+    except torch.OutOfMemoryError as error:
+        raise BadSetting(
+            f"captioner={name}: its weights do not fit into what is free on "
+            f"device={settings.device}: {_first_line(error)}; use a GPU with more, a smaller model"
+        ) from error
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:

@@ -189,6 +189,16 @@ def test_out_of_memory_halves_the_batch(llava, monkeypatch):
         captioner(images)
 
 
+def test_weights_that_do_not_fit_are_one_clear_line(llava, monkeypatch):
+    def to(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14 GiB\nand so on")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.to", to)
+    with pytest.raises(BadSetting, match=r"weights do not fit.*use a GPU with more") as caught:
+        texts(llava, pictures(1))
+    assert "\n" not in str(caught.value)
+
+
 def test_pictures_are_opened_in_a_thread_and_a_bounded_number_ahead(llava):
     opened: list[int] = []
     threads: set[int] = set()
@@ -243,6 +253,12 @@ def test_a_hub_model_comes_from_the_local_cache_alone(llava, tmp_path, monkeypat
     captioner = load("someone/small@main", max_tokens=4)
     (caption,) = captioner(pictures(1))
     assert (caption.captioner, caption.revision) == ("someone/small@main", commit)
+    # Planned here, captioned on a machine whose cache is older or newer.
+    travelled = pickle.loads(pickle.dumps(captioner))
+    (repo / "snapshots" / commit).rename(repo / "snapshots" / commit[::-1])
+    (repo / "refs" / "main").write_text(commit[::-1])
+    with pytest.raises(BadSetting, match=f"the run began with {commit}; run `pipeline fetch"):
+        travelled(pictures(1))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
