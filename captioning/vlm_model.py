@@ -69,7 +69,10 @@ class Model:
         if size is None or count is None or max(size) > MAX_ASPECT * min(size):
             return self.lengths[number]
         width, height = size
-        return self.lengths[number] + count(image_sizes=[(height, width)]).num_image_tokens[0]
+        try:
+            return self.lengths[number] + count(image_sizes=[(height, width)]).num_image_tokens[0]
+        except Exception:  # LLaVA's asks for a size of crops, which SigLIP's pictures have not
+            return self.lengths[number]
 
     def prepare(self, rows: list[Wanted]) -> tuple[Prepared, list[tuple[Wanted, Failure]]]:
         """Opens and preprocesses the pictures; those that cannot be used come back as failures."""

@@ -335,3 +335,14 @@ def test_a_folder_that_is_no_such_model_is_one_clear_line(llava, tmp_path):
 def test_cuda_without_a_gpu_is_one_clear_line(llava):
     with pytest.raises(BadSetting, match="device=cuda: torch sees no GPU"):
         texts(llava, pictures(1), device="cuda")
+
+
+def test_a_model_whose_processor_cannot_count_tokens_is_batched_all_the_same(llava, tmp_path):
+    """LLaVA with SigLIP's processor, as llava-interleave has it: it crops nothing."""
+    folder = tmp_path / "siglip"
+    shutil.copytree(llava, folder)
+    path = folder / "preprocessor_config.json"
+    side = json.loads(path.read_text())["crop_size"]
+    path.write_text(json.dumps({"image_processor_type": "SiglipImageProcessor", "size": side}))
+    images = pictures(5)
+    assert len(set(texts(folder, images, batch_size=2))) > 2
