@@ -125,6 +125,7 @@ class _Asked:
         if not isinstance(found, Failure):
             for said in found:
                 if said.refusal or said.finish_reason == "content_filter":
+                    self.client.counters["refusals"] += 1
                     why = said.refusal or "content filter"
                     return picture.key, Failure("refused by the model", why)
         return picture.key, found

@@ -460,9 +460,11 @@ def test_what_the_model_will_not_describe_is_a_failure():
     refused = {"choices": [{"message": {"content": None, "refusal": "I cannot"}}]}
     for body in (refused, completion("", "content_filter")):
         with Server(lambda request, body=body: web.json_response(body)) as server:
-            (found,) = answers(endpoint(server.url), pictures(1)).values()
+            captioner = endpoint(server.url)
+            (found,) = answers(captioner, pictures(1)).values()
         assert isinstance(found, Failure)
         assert found.reason == "refused by the model"
+        assert captioner.counters["refusals"] == 1
 
 
 REFUSALS = {
