@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -194,6 +197,13 @@ class Captioner(ABC):
         """The name under which its captions are kept: two that differ on purpose do not share
         one. "llava-1.5-7b", "llava-1.5-7b.short"."""
         return f"{self.name}{self.settings.kind()}"
+
+    @contextlib.contextmanager
+    def spent(self, what: str) -> Iterator[None]:
+        """Counts the milliseconds that its block takes."""
+        started = time.perf_counter()
+        yield
+        self.counters[f"ms {what}"] += math.ceil(1000 * (time.perf_counter() - started))
 
     def __call__(self, images: Sequence[Image.Image]) -> list[Caption]:
         """The captions of pictures in order, `num_captions` each, upright and on white. Their keys

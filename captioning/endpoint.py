@@ -65,7 +65,8 @@ class EndpointCaptioner(Captioner):
         in_hand: set[Future] = set()
 
         def next_answer() -> Answer:
-            future = ready.get()
+            with self.spent("wait"):
+                future = ready.get()
             in_hand.discard(future)
             key, found = future.result()
             if isinstance(found, Failure):

@@ -4,11 +4,8 @@ for image-text-to-text loads."""
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
 import itertools
-import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -151,7 +148,7 @@ class VisionLanguageModel(Captioner):
 
     def _prepare(self, rows: list[Wanted]) -> tuple[Prepared, list[tuple[Wanted, Failure]]]:
         """Opens and preprocesses a batch; in a thread of its own."""
-        with self._spent("prepare"):
+        with self.spent("prepare"):
             return self.model.prepare(rows)
 
     def _write(
@@ -162,7 +159,7 @@ class VisionLanguageModel(Captioner):
         yield from failures
         if not batch.rows:
             return
-        with self._spent("generate"):
+        with self.spent("generate"):
             written = self.model.generate(batch)
         if written is not None:
             for wanted, (text, tokens, reason) in zip(batch.rows, written, strict=True):
@@ -179,12 +176,6 @@ class VisionLanguageModel(Captioner):
         half = len(batch.rows) // 2
         for part in (batch.rows[:half], batch.rows[half:]):
             yield from self._write(self._prepare(part))
-
-    @contextlib.contextmanager
-    def _spent(self, what: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.counters[f"ms {what}"] += math.ceil(1000 * (time.perf_counter() - started))
 
 
 def _ahead(

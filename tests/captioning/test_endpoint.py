@@ -465,6 +465,7 @@ def test_what_the_model_will_not_describe_is_a_failure():
         assert isinstance(found, Failure)
         assert found.reason == "refused by the model"
         assert captioner.counters["refusals"] == 1
+        assert captioner.counters["ms wait"] > 0
 
 
 REFUSALS = {

@@ -334,6 +334,13 @@ def test_a_setting_that_cannot_be_used_is_one_line(llava, settings, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_run_tells_where_its_time_went(downloaded):
+    worker = CaptionStage("openmoji", "colour").open(downloaded)
+    for job in worker.stage.plan(Catalog(downloaded)):
+        worker(job)
+    assert {"ms read", "ms look", "ms write"} <= worker.take_counters().keys()
+
+
 def test_a_device_is_of_no_concern_to_a_captioner_without_a_model():
     assert CaptionStage("openmoji", "colour", settings={"device": "cuda"}).needs.gpus == 0
 
