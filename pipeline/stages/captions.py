@@ -71,8 +71,9 @@ def upstream(catalog: Catalog, source: str, mix: Mix, images: dict[str, Head]) -
                 there = catalog.store.folders(f"{source}/captions")
                 others = f"; captions are there by {', '.join(there)}" if there else ""
                 raise SettingError(
-                    f"captions: {name!r} has captioned nothing of {source}; run "
-                    f"`pipeline run caption --source {source} --captioner {name}`{others}"
+                    f"captions: {name!r} has captioned nothing of {source}; run `pipeline run "
+                    f"caption --source {source}` with the captioner and settings that this names"
+                    f"{others}"
                 )
         by_captioner[name] = {shard: head.content for shard, head in commits.items()}
     return {

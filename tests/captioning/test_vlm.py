@@ -231,6 +231,14 @@ def test_a_captioner_travels_without_its_weights_and_with_its_revision(llava, mo
     assert pickle.loads(data)(images) == expected
 
 
+def test_a_folder_has_one_name_however_it_is_written(llava, monkeypatch):
+    monkeypatch.chdir(llava.parent)
+    plain = load(llava.name, prompt="short")
+    for written in (f"{llava.name}/", f"./{llava.name}"):
+        other = load(written, prompt="short")
+        assert (other.name, other.label()) == (plain.name, plain.label())
+
+
 def test_the_revision_follows_the_files_not_the_place(llava, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(llava, copy)

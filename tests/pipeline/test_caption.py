@@ -145,6 +145,14 @@ def test_of_several_captions_training_takes_one_by_seed_and_key(downloaded, llav
     assert {text for chosen in taken for text in chosen.values()} == {r["caption"] for r in rows}
 
 
+def test_captions_that_are_not_there_are_one_line_with_those_that_are(downloaded):
+    run_here(CaptionStage("openmoji", "colour"), downloaded)
+    catalog = Catalog(downloaded)
+    heads = catalog.heads(IMAGES)
+    with pytest.raises(SettingError, match=r"'colour.lower' has captioned nothing.* by colour$"):
+        upstream(catalog, "openmoji", Mix.parse("alt:0.5,colour.lower:0.5"), heads)
+
+
 def test_the_draw_is_even():
     drawn = Counter(one_of(["a", "b", "c"], 0, f"{n:09d}") for n in range(3000))
     assert all(900 < drawn[text] < 1100 for text in "abc")
