@@ -121,6 +121,8 @@ def test_a_picture_that_cannot_be_opened_fails_alone():
         ("I'm sorry, but I can't help with that.", True),
         ("Sorry, the picture is too dark.", True),
         ("I cannot describe people.", True),
+        ("I apologize, but I'm unable to tell who this is.", True),
+        ("My apologies, but that is not possible.", True),
         ("As an AI, I see no picture.", True),
         ("A sorry-looking dog sits in the rain.", False),
         ("I see a dog.", False),
