@@ -173,12 +173,20 @@ class Model:
                 f"picture into the prompt; {remedy}"
             )
         text = {"type": "text", "text": prompt.text}
-        with_slot, without = (
-            self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        try:
+            with_slot, without = (
+                self.processor.apply_chat_template(
+                    [{"role": "user", "content": content}],
+                    add_generation_prompt=True,
+                    tokenize=False,
+                )
+                for content in ([{"type": "image"}, text], [text])
             )
-            for content in ([{"type": "image"}, text], [text])
-        )
+        except Exception as error:  # a template is a program of the folder's
+            raise BadSetting(
+                f"prompt={prompt.label}: the chat template of captioner={self.name} takes no "
+                f"picture and text: {_first_line(error)}; {remedy}"
+            ) from error
         if with_slot == without:
             raise BadSetting(
                 f"prompt={prompt.label}: the chat template of captioner={self.name} has no slot "
@@ -238,7 +246,7 @@ def _load(name: str, folder: Path, settings: Settings) -> tuple[Any, Any]:
             local_files_only=True,
             use_safetensors=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # whatever it, safetensors and tokenizers make of half a file
         raise BadSetting(
             f"captioner={name}: transformers cannot load {folder} as an image-text-to-text model: "
             f"{_first_line(error)}"

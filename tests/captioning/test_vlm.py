@@ -297,6 +297,9 @@ def test_a_prompt_without_a_slot_for_the_picture_is_one_clear_line(llava, tmp_pa
     blind_folder = without_template(llava, tmp_path / "blind", blind)
     with pytest.raises(BadSetting, match="no slot for a picture"):
         texts(blind_folder, pictures(1))
+    strict = "{{ raise_exception('text alone') }}"
+    with pytest.raises(BadSetting, match=r"takes no picture and text: text alone.*<image>"):
+        texts(without_template(llava, tmp_path / "strict", strict), pictures(1))
     raw = "USER: <image>\nWhat is it? ASSISTANT:"
     images = pictures(3)
     assert texts(bare, images, prompt=raw) == texts(llava, images, prompt="What is it?")
@@ -337,6 +340,17 @@ def test_a_folder_that_is_no_such_model_is_one_clear_line(llava, tmp_path):
     (pickles / "model.safetensors").rename(pickles / "pytorch_model.bin")
     with pytest.raises(BadSetting, match="weights as pickles are not read"):
         texts(pickles, pictures(1))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_half_a_file_is_one_clear_line(llava, tmp_path, name):
+    folder = tmp_path / "half"
+    shutil.copytree(llava, folder)
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadSetting, match="cannot load") as caught:
+        texts(folder, pictures(1))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
