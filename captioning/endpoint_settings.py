@@ -74,7 +74,8 @@ def completions_url(url: str) -> str:
             f"logs; put the key into ${KEY_VARIABLE} and give the plain address, {example}"
         )
     if parts.scheme not in ("http", "https") or not host:
-        raise BadSetting(f"url={url}: no http or https address; {example}")
+        shown = "…" if "@" in url else url  # "user:password@host" without its http://
+        raise BadSetting(f"url={shown}: no http or https address; {example}")
     path = parts.path.rstrip("/") or "/v1"
     path = path if path.endswith("/chat/completions") else f"{path}/chat/completions"
     return f"{parts.scheme}://{parts.netloc}{path}"

@@ -580,9 +580,10 @@ def test_a_key_that_cannot_be_one_is_refused_unseen(key, monkeypatch):
     assert key not in str(found.value)
 
 
-def test_an_address_whose_at_sign_is_forgotten_gives_no_password_away():
-    with pytest.raises(BadSetting, match="host or port") as found:
-        endpoint(f"http://user:{KEY}/v1")
+@pytest.mark.parametrize("url", ["http://user:{}/v1", "user:{}@host/v1", "http://u:{}@h/v1"])
+def test_an_address_that_is_half_written_gives_no_password_away(url):
+    with pytest.raises(BadSetting, match=r"^url.*127\.0\.0\.1") as found:
+        endpoint(url.format(KEY))
     assert KEY not in str(found.value)
 
 
