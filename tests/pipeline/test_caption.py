@@ -194,7 +194,21 @@ def test_repair_names_the_command_that_makes_the_same_captions(
     (line,) = repair(downloaded, [Problem(source, name, "00001", None, "is broken")])
     command = shlex.split(line.split("`")[1])
     assert command[:3] == ["pipeline", "run", "caption"]
-    monkeypatch.setattr(sys, "argv", [*command, "--dry-run"])
+    monkeypatch.setattr(sys, "argv", [*command, "--stale", "--dry-run"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "1 shards left, 1 done" in capsys.readouterr().out
+
+
+def test_repair_names_what_decides_a_servers_captions(downloaded, llava, monkeypatch, capsys):
+    with Server() as server:
+        own = {"model": "tiny", "revision": "2", "tokenizer": str(llava), "prompt": "short"}
+        made = CaptionStage("openmoji", "endpoint", settings={**own, "url": server.url})
+        run_here(made, downloaded)
+    source, _, name = made.groups()[0].partition("/")
+    (line,) = repair(downloaded, [Problem(source, name, "00001", None, "is broken")])
+    command = shlex.split(line.split("`")[1])
+    monkeypatch.setattr(sys, "argv", [*command, "--stale", "--dry-run"])
     with pytest.raises(SystemExit):
         main()
     assert "1 shards left, 1 done" in capsys.readouterr().out
