@@ -79,6 +79,8 @@ def load(name: str, **settings: Any) -> Captioner:
                 f"{setting}: no setting of captioner={name}{_nearest(setting, known)}; "
                 f"known: {', '.join(known) or 'none'}"
             )
+    if name not in CAPTIONERS and Path(name).is_dir():
+        name = str(Path(name))  # "models/x/" is "models/x": the name is in what is written
     return cls(name, cls.Settings(**settings))
 
 

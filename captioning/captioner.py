@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import math
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from captioning.prompts import Prompt, find_prompts
 
@@ -194,14 +198,23 @@ class Captioner(ABC):
         one. "llava-1.5-7b", "llava-1.5-7b.short"."""
         return f"{self.name}{self.settings.kind()}"
 
+    @contextlib.contextmanager
+    def spent(self, what: str) -> Iterator[None]:
+        """Counts the milliseconds that its block takes."""
+        started = time.perf_counter()
+        yield
+        self.counters[f"ms {what}"] += math.ceil(1000 * (time.perf_counter() - started))
+
     def __call__(self, images: Sequence[Image.Image]) -> list[Caption]:
-        """The captions of pictures in order, `num_captions` each. Their keys are "0", "1", …
+        """The captions of pictures in order, `num_captions` each, upright and on white. Their keys
+        are "0", "1", …
 
         Raises:
             BadPicture: one cannot be captioned; `caption` tells each picture's failure apart.
         """
         keyed = {str(number): image for number, image in enumerate(images)}
-        pictures = (Picture(k, _opened(image), size=image.size) for k, image in keyed.items())
+        lock = threading.Lock()  # Pillow reads a file when its pixels are first asked for
+        pictures = (Picture(k, _opened(image, lock), size=image.size) for k, image in keyed.items())
         answers = dict(self.caption(pictures))
         captions: list[Caption] = []
         for key in keyed:
@@ -212,5 +225,19 @@ class Captioner(ABC):
         return captions
 
 
-def _opened(image: Image.Image) -> Callable[[], Image.Image]:
-    return lambda: image.convert("RGB")
+def _opened(image: Image.Image, lock: threading.Lock) -> Callable[[], Image.Image]:
+    def opened() -> Image.Image:
+        try:
+            with lock:
+                image.load()
+                upright = ImageOps.exif_transpose(image)
+            if not upright.has_transparency_data:
+                return upright.convert("RGB")
+            layer = upright.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert(
+                "RGB"
+            )
+        except Exception as error:  # whatever Pillow's decoders make of a file
+            raise BadPicture("undecodable", f"{type(error).__name__}: {error}") from error
+
+    return opened

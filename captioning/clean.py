@@ -61,7 +61,7 @@ def _settled(text: str, rules: Sequence[Rule]) -> str:
 
 _REFUSAL = re.compile(
     r"(?:(?:i['’]m|i am|we['’]re|we are) (?:very |really )?(?:sorry|unable|afraid|not able)\b"
-    r"|sorry,|sorry but "
+    r"|sorry,|sorry but |i apologi[sz]e\b|my apologies\b"
     r"|(?:unfortunately, )?i (?:can(?:['’]t|not)|can not|won['’]t|do not|don['’]t)\b"
     r"|as an ai\b)",
     re.IGNORECASE,

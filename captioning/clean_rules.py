@@ -150,12 +150,14 @@ RULES: tuple[Rule, ...] = (
 )
 
 _PICTURE = "(?:image|picture|photo(?:graph)?|scene)"
+_THERE = "there (?:is|are) |(?:we|you|one) can see "
 _SHOWS = "(?:features|shows|depicts|displays|captures|presents|portrays|contains|showcases)"
 
 #: What LLaVA and its like say around the description itself.
 HABITS: tuple[Rule, ...] = (
     Rule(
-        r"^(?:sure|certainly|of course)\b[,!.:]*\s+(?:here(?:'s| is) [^:]{0,60}:\s*)?",
+        r"^(?:sure|certainly|of course)\b(?:[,!.:]+\s+(?:here(?:['’]s| is) [^:]{0,60}:\s*)?"
+        r"|\s+here(?:['’]s| is) [^:]{0,60}:\s*)",
         "",
         "an assistant's politeness",
         ("Sure! Here is a caption: A fox rests.", "A fox rests."),
@@ -186,7 +188,7 @@ HABITS: tuple[Rule, ...] = (
         ("The image is a painting of a fox.", "a painting of a fox."),
     ),
     Rule(
-        rf"^in (?:the|this) {_PICTURE},? (?:there (?:is|are) |(?:we|you|one) can see )?",
+        rf"^in (?:the|this) {_PICTURE}(?:, (?:{_THERE})?| (?:{_THERE}))",
         "",
         "where else",
         ("In the image, there is a fox.", "a fox."),

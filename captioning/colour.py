@@ -62,7 +62,8 @@ class ColourCaptioner(Captioner):
     def caption(self, pictures: Iterable[Picture]) -> Iterator[Answer]:
         for picture in pictures:
             try:
-                text = describe(picture.open())
+                with self.spent("look"):
+                    text = describe(picture.open())
             except BadPicture as error:
                 yield picture.key, Failure(error.reason, str(error))
             else:

@@ -29,7 +29,7 @@ from captioning.captioner import (
     Failure,
     Picture,
 )
-from captioning.endpoint_answer import SAID, Said
+from captioning.endpoint_answer import Said
 from captioning.endpoint_client import TOO_MANY, Client, GaveUp, Refused
 from captioning.endpoint_picture import as_it_is, encoded
 from captioning.endpoint_settings import EndpointSettings
@@ -65,7 +65,8 @@ class EndpointCaptioner(Captioner):
         in_hand: set[Future] = set()
 
         def next_answer() -> Answer:
-            future = ready.get()
+            with self.spent("wait"):
+                future = ready.get()
             in_hand.discard(future)
             key, found = future.result()
             if isinstance(found, Failure):
@@ -125,7 +126,8 @@ class _Asked:
         if not isinstance(found, Failure):
             for said in found:
                 if said.refusal or said.finish_reason == "content_filter":
-                    why = (said.refusal or "content filter")[:SAID]
+                    self.client.counters["refusals"] += 1
+                    why = said.refusal or "content filter"
                     return picture.key, Failure("refused by the model", why)
         return picture.key, found
 

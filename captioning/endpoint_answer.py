@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-SAID = 200  # characters of an error's text that are passed on
+from captioning.clean import one_line
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Said:
 
 
 class Unreadable(ValueError):
-    """An answer that is no chat completion, or not all of one. The message says what it is."""
+    """An answer that is no chat completion, or not all of one. The message says what it is, and
+    may be as long as the answer: a key has to be taken out before anything is cut."""
 
 
 def read(body: bytes) -> Said:
@@ -48,11 +49,11 @@ def read(body: bytes) -> Said:
         raise Unreadable("a choice without a message")
     refusal = message.get("refusal")
     content, reason = _content(message.get("content")), choice.get("finish_reason")
-    return Said(_sound(content), _tokens(answer), _string(reason), _string(refusal))
+    return Said(_sound(content), _tokens(answer), _line(reason), _line(refusal))
 
 
 def error_text(body: bytes) -> str:
-    """What the body of an answer with an error status says, short and on one line.
+    """What the body of an answer with an error status says, on one line that may be long.
 
     OpenAI and vLLM nest it ({"error": {"message"}}), SGLang and older vLLM do not ({"message"}),
     FastAPI calls it "detail".
@@ -60,13 +61,13 @@ def error_text(body: bytes) -> str:
     text = body.decode("utf-8", "replace")
     try:
         found: Any = json.loads(text)
-    except ValueError:
+        for name in ("error", "message", "detail"):
+            if isinstance(found, dict) and found.get(name):
+                found = found[name]
+        found = found if isinstance(found, str) else json.dumps(found)
+    except (ValueError, RecursionError):
         found = "an HTML page" if text.lstrip().startswith("<") else text
-    for name in ("error", "message", "detail"):
-        if isinstance(found, dict) and found.get(name):
-            found = found[name]
-    line = " ".join((found if isinstance(found, str) else json.dumps(found)).split())
-    return line if len(line) <= SAID else line[: SAID - 3] + "..."
+    return one_line(found)
 
 
 def _read_stream(text: str) -> Said:
@@ -91,12 +92,12 @@ def _read_stream(text: str) -> Said:
         if isinstance(delta, dict):
             parts.append(_content(delta.get("content")))
             refusals.append(_string(delta.get("refusal")) or "")
-        reason = _string(choice.get("finish_reason")) or reason
+        reason = _line(choice.get("finish_reason")) or reason
     if not (done or reason):
         raise Unreadable("a stream that breaks off")
     if not chosen:
         raise Unreadable("no choices")
-    return Said(_sound("".join(parts)), tokens, reason, "".join(refusals) or None)
+    return Said(_sound("".join(parts)), tokens, reason, _line("".join(refusals)) or None)
 
 
 def _events(text: str) -> Iterator[str]:
@@ -118,7 +119,7 @@ def _object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith('{"error"'):
             raise Unreadable(f"an error: {error_text(text.encode())}") from error
-        raise Unreadable(f"no JSON: {' '.join(text.split())[:60]!r}") from error
+        raise Unreadable(f"no JSON: {one_line(text)}") from error
     if not isinstance(found, dict):
         raise Unreadable(f"JSON, but no object: {type(found).__name__}")
     if found.get("error"):
@@ -148,8 +149,12 @@ def _sound(text: str) -> str:
 def _tokens(answer: dict[str, Any]) -> int | None:
     usage = answer.get("usage")
     count = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return count if isinstance(count, int) and 0 <= count < 2**31 else None
+    return count if type(count) is int and 0 <= count < 2**31 else None
 
 
 def _string(value: Any) -> str | None:
     return value if isinstance(value, str) else None
+
+
+def _line(value: Any) -> str | None:
+    return one_line(value) if isinstance(value, str) else None

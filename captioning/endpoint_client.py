@@ -11,11 +11,13 @@ import asyncio
 import random
 import time
 from collections import Counter
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 
 import aiohttp
 
 from captioning.captioner import BadSetting
+from captioning.clean import one_line
 from captioning.endpoint_answer import Said, Unreadable, error_text, read
 from captioning.endpoint_settings import (
     KEY_VARIABLE,
@@ -25,6 +27,7 @@ from captioning.endpoint_settings import (
 )
 
 MAX_ANSWER = 4_000_000  # bytes
+SAID = 200  # characters of what a server says that are passed on
 MAX_PAUSE_S = 60.0  # between two tries
 SHORT_PAUSE_S = 4.0  # at most, where the server is there and stumbles
 LONGEST_WAIT_S = 600.0  # that a Retry-After may ask for
@@ -168,7 +171,8 @@ class Client:
         if status != 200:
             raise self._of_status(status, answer, wait_s)
         try:
-            return read(answer)
+            said = read(answer)
+            return replace(said, refusal=self._said(said.refusal)) if said.refusal else said
         except Unreadable as error:
             detail = self._said(f"the answer is {error}")
             if not self.answered and answer.lstrip().startswith(b"<"):
@@ -196,9 +200,10 @@ class Client:
         return Refused(said)
 
     def _said(self, text: str) -> str:
-        """One line that may be printed."""
-        line = " ".join(text.split())
-        return line.replace(self._key, "***") if self._key else line
+        """One short line that may be printed: without the key, nor a piece of it at the end."""
+        line = one_line(text)
+        line = line.replace(self._key, "***") if self._key else line
+        return line if len(line) <= SAID else line[: SAID - 3] + "..."
 
 
 class _Fault(Exception):
@@ -230,5 +235,5 @@ def _wait(retry_after: str | None) -> float:
         pass
     try:
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0

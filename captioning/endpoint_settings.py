@@ -66,15 +66,16 @@ def completions_url(url: str) -> str:
     try:
         parts = urlsplit(url.strip())
         host, _ = parts.hostname, parts.port
-    except ValueError as error:
-        raise BadSetting(f"url: no address ({error}); {example}") from error
+    except ValueError as error:  # which may quote what was to be a password
+        raise BadSetting(f"url: no address: its host or port cannot be read; {example}") from error
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         raise BadSetting(
             f"url=…{host or ''}…: a user, a password, a query or a fragment in it would end up in "
             f"logs; put the key into ${KEY_VARIABLE} and give the plain address, {example}"
         )
     if parts.scheme not in ("http", "https") or not host:
-        raise BadSetting(f"url={url}: no http or https address; {example}")
+        shown = "…" if "@" in url else url  # "user:password@host" without its http://
+        raise BadSetting(f"url={shown}: no http or https address; {example}")
     path = parts.path.rstrip("/") or "/v1"
     path = path if path.endswith("/chat/completions") else f"{path}/chat/completions"
     return f"{parts.scheme}://{parts.netloc}{path}"

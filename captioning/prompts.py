@@ -43,13 +43,17 @@ def find_prompts(prompt: str) -> tuple[Prompt, ...]:
     """ "long", "long,short" or a text. A text has a space in it (or IMAGE); a name has none.
 
     Raises:
-        ValueError: it is empty, has several slots, or is no known name; one line.
+        ValueError: it is empty, has several slots, is no known name, or names one twice; one line.
     """
     text = prompt.strip()
     if not text:
         raise ValueError(f"prompt={prompt!r}: empty; name one of {', '.join(named())}, or a text")
     if (re.search(r"\s", text) is None and IMAGE not in text) or _all_named(text):
-        return tuple(_named(part.strip()) for part in text.split(","))
+        names = [part.strip() for part in text.split(",")]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"prompt={_short(text)}: {name} is there twice; name it once")
+        return tuple(map(_named, names))
     if text.count(IMAGE) > 1:
         raise ValueError(f"prompt={_short(text)}: has several {IMAGE} slots; leave one")
     return (Prompt(f"prompt-{hashlib.sha256(text.encode()).hexdigest()[:8]}", text),)

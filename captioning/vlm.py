@@ -4,11 +4,8 @@ for image-text-to-text loads."""
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
 import itertools
-import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -128,7 +125,13 @@ class VisionLanguageModel(Captioner):
         if self._model is None:
             from captioning.vlm_model import Model
 
-            folder, _ = self._folder()
+            folder, commit = self._folder()
+            if commit and commit != self.revision:  # that of the machine which planned
+                raise BadSetting(
+                    f"captioner={self.name}: the hub cache of this machine has {commit}, the run "
+                    f"began with {self.revision}; run `pipeline fetch {self.name}` on each, or "
+                    "name the commit, owner/name@commit"
+                )
             self._model = Model(self.name, folder, self.settings)
             self.counters[f"loaded captioner {self.name}"] += 1
         return self._model
@@ -145,7 +148,7 @@ class VisionLanguageModel(Captioner):
 
     def _prepare(self, rows: list[Wanted]) -> tuple[Prepared, list[tuple[Wanted, Failure]]]:
         """Opens and preprocesses a batch; in a thread of its own."""
-        with self._spent("prepare"):
+        with self.spent("prepare"):
             return self.model.prepare(rows)
 
     def _write(
@@ -156,7 +159,7 @@ class VisionLanguageModel(Captioner):
         yield from failures
         if not batch.rows:
             return
-        with self._spent("generate"):
+        with self.spent("generate"):
             written = self.model.generate(batch)
         if written is not None:
             for wanted, (text, tokens, reason) in zip(batch.rows, written, strict=True):
@@ -173,12 +176,6 @@ class VisionLanguageModel(Captioner):
         half = len(batch.rows) // 2
         for part in (batch.rows[:half], batch.rows[half:]):
             yield from self._write(self._prepare(part))
-
-    @contextlib.contextmanager
-    def _spent(self, what: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.counters[f"ms {what}"] += math.ceil(1000 * (time.perf_counter() - started))
 
 
 def _ahead(

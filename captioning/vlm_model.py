@@ -42,7 +42,7 @@ class Model:
 
     Raises:
         BadSetting: transformers cannot load the folder as an image-text-to-text model, there is
-            no such device, or a prompt has no place for the picture.
+            no such device, its memory is too small, or a prompt has no place for the picture.
     """
 
     def __init__(self, name: str, folder: Path, settings: Settings) -> None:
@@ -69,7 +69,10 @@ class Model:
         if size is None or count is None or max(size) > MAX_ASPECT * min(size):
             return self.lengths[number]
         width, height = size
-        return self.lengths[number] + count(image_sizes=[(height, width)]).num_image_tokens[0]
+        try:
+            return self.lengths[number] + count(image_sizes=[(height, width)]).num_image_tokens[0]
+        except Exception:  # LLaVA's asks for a size of crops, which SigLIP's pictures have not
+            return self.lengths[number]
 
     def prepare(self, rows: list[Wanted]) -> tuple[Prepared, list[tuple[Wanted, Failure]]]:
         """Opens and preprocesses the pictures; those that cannot be used come back as failures."""
@@ -170,12 +173,20 @@ class Model:
                 f"picture into the prompt; {remedy}"
             )
         text = {"type": "text", "text": prompt.text}
-        with_slot, without = (
-            self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        try:
+            with_slot, without = (
+                self.processor.apply_chat_template(
+                    [{"role": "user", "content": content}],
+                    add_generation_prompt=True,
+                    tokenize=False,
+                )
+                for content in ([{"type": "image"}, text], [text])
             )
-            for content in ([{"type": "image"}, text], [text])
-        )
+        except Exception as error:  # a template is a program of the folder's
+            raise BadSetting(
+                f"prompt={prompt.label}: the chat template of captioner={self.name} takes no "
+                f"picture and text: {_first_line(error)}; {remedy}"
+            ) from error
         if with_slot == without:
             raise BadSetting(
                 f"prompt={prompt.label}: the chat template of captioner={self.name} has no slot "
@@ -235,14 +246,20 @@ def _load(name: str, folder: Path, settings: Settings) -> tuple[Any, Any]:
             local_files_only=True,
             use_safetensors=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # whatever it, safetensors and tokenizers make of half a file
         raise BadSetting(
             f"captioner={name}: transformers cannot load {folder} as an image-text-to-text model: "
             f"{_first_line(error)}"
         ) from error
     if getattr(processor, "tokenizer", None) is None:
         raise BadSetting(f"captioner={name}: {folder} has no processor of pictures and text")
-    return processor, model.eval().to(settings.device)
+    try:
+        return processor, model.eval().to(settings.device)
+    except torch.OutOfMemoryError as error:
+        raise BadSetting(
+            f"captioner={name}: its weights do not fit into what is free on "
+            f"device={settings.device}: {_first_line(error)}; use a GPU with more, a smaller model"
+        ) from error
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:

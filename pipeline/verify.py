@@ -289,6 +289,16 @@ _CAPTION_FLAGS = (
 )
 
 
+def _caption_sets(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Settings of captioners without a flag, where they are not the default."""
+    found = {"tokenizer": inputs.get("tokenizer")}
+    if inputs.get("threads") != 1:
+        found["threads"] = inputs.get("threads")
+    if "model" in inputs:  # an endpoint's: "model", or "model@revision"
+        found["revision"] = inputs["revision"].removeprefix(inputs["model"]).removeprefix("@")
+    return {name: value for name, value in found.items() if value}
+
+
 def _command(store: Store, source: str, group: str) -> str:
     """The command that makes the group, as its commits say."""
     inputs: dict[str, Any] = {}
@@ -310,6 +320,8 @@ def _command(store: Store, source: str, group: str) -> str:
         for name in _CAPTION_FLAGS:
             if inputs.get(name):
                 words += [f"--{name.replace('_', '-')}", str(inputs[name])]
+        for name, value in _caption_sets(inputs).items():
+            words += ["--set", f"{name}={value}"]
         if "clean" in inputs:
             words += ["--clean", ",".join(inputs["clean"])]
     if kind == "latents" and "vae" in inputs:

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipeline.core import layout
 from pipeline.core.errors import nearest
@@ -30,6 +30,12 @@ from training.stage_settings import (
 
 Pair = Annotated[tuple[Positive, Positive], Field(strict=False)]  # YAML has lists, no tuples
 
+# The same for every source, or of some by name. The tags keep messages to one line with their key.
+Captions = Annotated[
+    Annotated[str, Tag("[one]")] | Annotated[dict[str, str], Tag("[by source]")],
+    Discriminator(lambda value: "[by source]" if isinstance(value, dict) else "[one]"),
+]
+
 
 class Data(Section):
     """Which column groups are streamed, and how."""
@@ -44,7 +50,7 @@ class Data(Section):
     text_encoder: str
     #: A captioner or a mix, as given to `pipeline run encode`; or source: that, for those whose
     #: captions are not their own.
-    captions: str | dict[str, str] = "alt"
+    captions: Captions = "alt"
     text: Literal["full", "trimmed"] = "full"
     text_dtype: Literal["float16", "int8"] = "float16"  # of the stored token vectors
     split: str = "train"

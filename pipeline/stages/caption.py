@@ -24,7 +24,7 @@ from pipeline.stages.caption_text import Refused, finish, parse_steps, summarise
 from pipeline.stages.images import images_commit, read_images
 from pipeline.stages.stopwatch import Stopwatch
 
-VERSION = 3  # bump when the bytes this stage writes change
+VERSION = 4  # bump when the bytes this stage writes change
 BYTES_A_CAPTION = 400  # in the parquet, at most, of a long one
 THREADS = 1  # of torch in a worker on CPUs: part of what decides a text
 GPU_CPUS = 4  # beside a GPU: two threads open pictures, one feeds the model

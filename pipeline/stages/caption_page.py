@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.core import layout
 from pipeline.core.commits import Commit, read_commit, read_file
 from pipeline.core.errors import BrokenShard
-from pipeline.core.images import decode
+from pipeline.core.images import BadPicture, decode
 from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
 from pipeline.stages.caption_text import facts, histogram
@@ -64,7 +64,13 @@ def _choose(store: Store, source: str, group: str) -> tuple[list[dict[str, Any]]
         if captions is None or pictures is None:
             continue  # another run has taken it back since
         try:
-            shown += _of_shard(store, source, group, captions, pictures, wanted)
+            for sample in _of_shard(store, source, group, captions, pictures, wanted):
+                try:
+                    url = _thumbnail(sample.pop("data"))
+                except BadPicture as error:  # a server is sent files that nobody has decoded
+                    unread.append(f"{sample['key']}: {error}")
+                else:
+                    shown.append({**sample, "url": url})
         except BrokenShard as error:
             unread.append(str(error))
     return shown, unread
@@ -82,7 +88,7 @@ def _of_shard(
             said.setdefault(row["key"], []).append(row)
     images = read_images(store, layout.images_group(source), pictures)
     return [
-        {"key": image.key, "url": _thumbnail(image.data), "captions": said[image.key]}
+        {"key": image.key, "data": image.data, "captions": said[image.key]}
         for image in images
         if image.key in said
     ]

@@ -28,11 +28,13 @@ class Mix:
         """ "alt", "colour", or "alt:0.9,colour:0.1".
 
         Raises:
-            SettingError: a weight that is no positive number.
+            SettingError: a weight that is no positive number, or a name that is there twice.
         """
         weights: dict[str, float] = {}
         for part in text.split(","):
             name, _, weight = part.strip().partition(":")
+            if name in weights:
+                raise SettingError(f"captions={text}: {name} is there twice; give it one weight")
             try:
                 weights[name] = float(weight or 1)
             except ValueError:
@@ -69,8 +71,9 @@ def upstream(catalog: Catalog, source: str, mix: Mix, images: dict[str, Head]) -
                 there = catalog.store.folders(f"{source}/captions")
                 others = f"; captions are there by {', '.join(there)}" if there else ""
                 raise SettingError(
-                    f"captions: {name!r} has captioned nothing of {source}; run "
-                    f"`pipeline run caption --source {source} --captioner {name}`{others}"
+                    f"captions: {name!r} has captioned nothing of {source}; run `pipeline run "
+                    f"caption --source {source}` with the captioner and settings that this names"
+                    f"{others}"
                 )
         by_captioner[name] = {shard: head.content for shard, head in commits.items()}
     return {

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from captioning import CAPTIONERS, BadPicture, BadSetting, Failure, Picture, Settings, load
+from captioning.captioner import _opened
 from captioning.clean import is_refusal
+from captioning.colour import ColourCaptioner
 from captioning.prompts import find_prompts, named
 
 #: Settings without which a captioner cannot be made.
@@ -38,6 +43,7 @@ def test_an_unknown_captioner_lists_those_there_are():
         ({"prompt": "shrot"}, r'prompt=shrot: unknown; did you mean "short"\?'),
         ({"prompt": "long,shrot"}, r'did you mean "short"\?'),
         ({"prompt": "  "}, "prompt='  ': empty"),
+        ({"prompt": "long, short, long"}, "long is there twice; name it once"),
         ({"prompt": "<image> and <image>"}, "several <image> slots"),
         ({"temperature": -1}, "temperature=-1"),
         ({"temperature": float("nan")}, "temperature=nan"),
@@ -115,6 +121,8 @@ def test_a_picture_that_cannot_be_opened_fails_alone():
         ("I'm sorry, but I can't help with that.", True),
         ("Sorry, the picture is too dark.", True),
         ("I cannot describe people.", True),
+        ("I apologize, but I'm unable to tell who this is.", True),
+        ("My apologies, but that is not possible.", True),
         ("As an AI, I see no picture.", True),
         ("A sorry-looking dog sits in the rain.", False),
         ("I see a dog.", False),
@@ -123,3 +131,43 @@ def test_a_picture_that_cannot_be_opened_fails_alone():
 )
 def test_refusals_are_told_from_captions(text, refusal):
     assert is_refusal(text) is refusal
+
+
+# Pillow's pictures, without a pipeline
+
+
+def test_a_picture_with_transparency_stands_on_white():
+    (caption,) = load("colour")([Image.new("RGBA", (8, 8), (0, 0, 0, 0))])
+    assert caption.text == "all white"
+
+
+def test_a_picture_that_lies_on_its_side_is_turned():
+    image = Image.new("RGB", (8, 4))
+    image.getexif()[ExifTags.Base.Orientation] = 6
+    assert _opened(image, threading.Lock())().size == (4, 8)
+
+
+def test_half_a_file_is_a_bad_picture():
+    buffer = io.BytesIO()
+    Image.effect_noise((200, 200), 50).save(buffer, "JPEG")
+    half = Image.open(io.BytesIO(buffer.getvalue()[:3000]))
+    with pytest.raises(BadPicture, match="picture 1: OSError") as caught:
+        load("colour")([Image.new("RGB", (8, 8)), half])
+    assert caught.value.reason == "undecodable"
+
+
+class InThreads(ColourCaptioner):
+    """Opens each picture in four threads at once, as a model with four prompts may."""
+
+    def caption(self, pictures):
+        with ThreadPoolExecutor(4) as pool:
+            for picture in pictures:
+                opened = list(pool.map(lambda _, p=picture: p.open().tobytes(), range(4)))
+                assert len(set(opened)) == 1
+                yield picture.key, []
+
+
+def test_a_file_that_is_not_yet_read_is_opened_by_one_thread_at_a_time():
+    buffer = io.BytesIO()
+    Image.effect_noise((2000, 2000), 50).save(buffer, "PNG")
+    InThreads("colour", None)([Image.open(io.BytesIO(buffer.getvalue()))])

@@ -56,6 +56,23 @@ def test_habits_go_and_the_sentence_begins_with_a_capital():
     assert trim_habits("Caption: In this picture, there are two foxes.") == "Two foxes."
 
 
+@pytest.mark.parametrize(
+    ("text", "trimmed"),
+    [
+        ("In the picture frame, a fox sits.", None),
+        ("In the scene of a crime, a fox sits.", None),
+        ("Sure footed goats climb.", None),
+        ("Certainly happy foxes play.", None),
+        ("In the image, a fox sits.", "A fox sits."),
+        ("In this photo you can see a fox.", "A fox."),
+        ("Sure here is a caption: A fox.", "A fox."),
+        ("Of course! Here’s one: A fox.", "A fox."),
+    ],
+)
+def test_only_phrases_that_say_nothing_go(text, trimmed):
+    assert trim_habits(text) == (trimmed or text)
+
+
 def test_one_line_holds_no_control_character_and_no_half_of_a_pair():
     assert one_line("a\x00b\r\n c\x1b\u2028d \ud800e\ufeff") == "a b c d e"
 

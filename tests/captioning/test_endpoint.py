@@ -290,6 +290,20 @@ def test_to_be_told_to_slow_down_is_no_failure_while_others_get_through():
         check(answers(captioner, given), given)
 
 
+def test_a_date_that_no_calendar_has_is_not_waited_for():
+    dates = iter(
+        [f"Mon, 01 Jan 2024 00:00:00 +{'9' * 20}", f"Mon, {'9' * 20} Jan 2024 00:00:00 GMT"]
+    )
+
+    def behave(request: Request):
+        date = next(dates, None)
+        return None if date is None else error(503, "busy", **{"Retry-After": date})
+
+    given = pictures(1)
+    with Server(behave) as server:
+        check(answers(endpoint(server.url), given), given)
+
+
 def test_a_wait_of_hours_ends_the_run():
     def behave(request: Request):
         return error(429, "daily quota", **{"Retry-After": "7200"})
@@ -446,9 +460,12 @@ def test_what_the_model_will_not_describe_is_a_failure():
     refused = {"choices": [{"message": {"content": None, "refusal": "I cannot"}}]}
     for body in (refused, completion("", "content_filter")):
         with Server(lambda request, body=body: web.json_response(body)) as server:
-            (found,) = answers(endpoint(server.url), pictures(1)).values()
+            captioner = endpoint(server.url)
+            (found,) = answers(captioner, pictures(1)).values()
         assert isinstance(found, Failure)
         assert found.reason == "refused by the model"
+        assert captioner.counters["refusals"] == 1
+        assert captioner.counters["ms wait"] > 0
 
 
 REFUSALS = {
@@ -525,6 +542,29 @@ def test_the_key_goes_into_the_header_and_nowhere_else(monkeypatch, caplog, capf
     assert KEY not in "".join(capfd.readouterr())
 
 
+def test_no_part_of_the_key_is_left_where_a_message_is_cut(monkeypatch):
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    begun = KEY[:9]
+    refused = {"choices": [{"message": {"refusal": f"{'x' * 190}{KEY}"}}]}
+
+    def behave(request: Request):
+        return {
+            1: lambda: error(400, f"{'x' * 185}{KEY}"),
+            2: lambda: web.json_response(refused),
+        }.get(request.number, lambda: None)()
+
+    with Server(behave) as server:
+        captioner = endpoint(server.url, concurrency=1, retries=0)
+        found = answers(captioner, pictures(3))
+    assert sum(isinstance(answer, Failure) for answer in found.values()) == 2
+    assert begun not in repr(found)
+    for body in (f"{'x' * 50}{KEY}", f"<html>{'x' * 45}{KEY}", f"data: {'x' * 45}{KEY}"):
+        with Server(lambda request, body=body: web.Response(text=body)) as server:
+            with pytest.raises(BadSetting) as stopped:
+                answers(endpoint(server.url, retries=0), pictures(1))
+            assert begun not in str(stopped.value)
+
+
 def test_a_key_of_other_services_is_left_alone(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with Server() as server:
@@ -538,6 +578,13 @@ def test_a_key_that_cannot_be_one_is_refused_unseen(key, monkeypatch):
     with pytest.raises(BadSetting, match=KEY_VARIABLE) as found:
         answers(endpoint("http://127.0.0.1:1"), pictures(1))
     assert key not in str(found.value)
+
+
+@pytest.mark.parametrize("url", ["http://user:{}/v1", "user:{}@host/v1", "http://u:{}@h/v1"])
+def test_an_address_that_is_half_written_gives_no_password_away(url):
+    with pytest.raises(BadSetting, match=r"^url.*127\.0\.0\.1") as found:
+        endpoint(url.format(KEY))
+    assert KEY not in str(found.value)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -92,11 +93,19 @@ def test_every_text_arrives_as_it_is(text):
         (as_json({"detail": [{"loc": ["body"], "msg": "field required"}]}), "field required"),
         (b"<html>502 Bad Gateway</html>", "an HTML page"),
         (b"upstream connect error", "upstream connect error"),
-        (b"\xff" * 1000, "..."),
+        (b"[" * 100_000, "[[["),
+        (b'{"error": {"message": "half \\ud83d\\u001b[31m of it"}}', "half [31m of it"),
+        (b'{"detail": "\xff"}', "\ufffd"),
     ],
 )  # fmt: skip
-def test_an_error_becomes_one_short_line(body, text):
+def test_an_error_becomes_one_line_that_can_be_printed_and_stored(body, text):
     line = error_text(body)
     assert text in line
     assert "\n" not in line
-    assert len(line) <= 200
+    line.encode()
+
+
+def test_whatever_else_an_answer_says_can_be_stored():
+    record: Any = completion("a fox", "sto\ud83dp", True)
+    record["choices"][0]["message"]["refusal"] = "no \ud83d\x1b"
+    assert read(as_json(record)) == Said("a fox", None, "sto p", "no")

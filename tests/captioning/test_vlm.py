@@ -189,6 +189,16 @@ def test_out_of_memory_halves_the_batch(llava, monkeypatch):
         captioner(images)
 
 
+def test_weights_that_do_not_fit_are_one_clear_line(llava, monkeypatch):
+    def to(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 14 GiB\nand so on")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.to", to)
+    with pytest.raises(BadSetting, match=r"weights do not fit.*use a GPU with more") as caught:
+        texts(llava, pictures(1))
+    assert "\n" not in str(caught.value)
+
+
 def test_pictures_are_opened_in_a_thread_and_a_bounded_number_ahead(llava):
     opened: list[int] = []
     threads: set[int] = set()
@@ -221,6 +231,14 @@ def test_a_captioner_travels_without_its_weights_and_with_its_revision(llava, mo
     assert pickle.loads(data)(images) == expected
 
 
+def test_a_folder_has_one_name_however_it_is_written(llava, monkeypatch):
+    monkeypatch.chdir(llava.parent)
+    plain = load(llava.name, prompt="short")
+    for written in (f"{llava.name}/", f"./{llava.name}"):
+        other = load(written, prompt="short")
+        assert (other.name, other.label()) == (plain.name, plain.label())
+
+
 def test_the_revision_follows_the_files_not_the_place(llava, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(llava, copy)
@@ -243,6 +261,12 @@ def test_a_hub_model_comes_from_the_local_cache_alone(llava, tmp_path, monkeypat
     captioner = load("someone/small@main", max_tokens=4)
     (caption,) = captioner(pictures(1))
     assert (caption.captioner, caption.revision) == ("someone/small@main", commit)
+    # Planned here, captioned on a machine whose cache is older or newer.
+    travelled = pickle.loads(pickle.dumps(captioner))
+    (repo / "snapshots" / commit).rename(repo / "snapshots" / commit[::-1])
+    (repo / "refs" / "main").write_text(commit[::-1])
+    with pytest.raises(BadSetting, match=f"the run began with {commit}; run `pipeline fetch"):
+        travelled(pictures(1))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -273,6 +297,9 @@ def test_a_prompt_without_a_slot_for_the_picture_is_one_clear_line(llava, tmp_pa
     blind_folder = without_template(llava, tmp_path / "blind", blind)
     with pytest.raises(BadSetting, match="no slot for a picture"):
         texts(blind_folder, pictures(1))
+    strict = "{{ raise_exception('text alone') }}"
+    with pytest.raises(BadSetting, match=r"takes no picture and text: text alone.*<image>"):
+        texts(without_template(llava, tmp_path / "strict", strict), pictures(1))
     raw = "USER: <image>\nWhat is it? ASSISTANT:"
     images = pictures(3)
     assert texts(bare, images, prompt=raw) == texts(llava, images, prompt="What is it?")
@@ -315,7 +342,29 @@ def test_a_folder_that_is_no_such_model_is_one_clear_line(llava, tmp_path):
         texts(pickles, pictures(1))
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_half_a_file_is_one_clear_line(llava, tmp_path, name):
+    folder = tmp_path / "half"
+    shutil.copytree(llava, folder)
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadSetting, match="cannot load") as caught:
+        texts(folder, pictures(1))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_one_clear_line(llava):
     with pytest.raises(BadSetting, match="device=cuda: torch sees no GPU"):
         texts(llava, pictures(1), device="cuda")
+
+
+def test_a_model_whose_processor_cannot_count_tokens_is_batched_all_the_same(llava, tmp_path):
+    """LLaVA with SigLIP's processor, as llava-interleave has it: it crops nothing."""
+    folder = tmp_path / "siglip"
+    shutil.copytree(llava, folder)
+    path = folder / "preprocessor_config.json"
+    side = json.loads(path.read_text())["crop_size"]
+    path.write_text(json.dumps({"image_processor_type": "SiglipImageProcessor", "size": side}))
+    images = pictures(5)
+    assert len(set(texts(folder, images, batch_size=2))) > 2

@@ -35,6 +35,7 @@ from pipeline.stages.caption_text import Refused, finish, parse_steps, words_up_
 from pipeline.stages.captions import Mix, chosen_captions, one_of, upstream
 from pipeline.stages.images import write_images
 from pipeline.verify import repair
+from tests.captioning.openai_server import Server
 from tests.pipeline.roots import pictures, run_here, tree
 
 IMAGES = "openmoji/images"
@@ -144,6 +145,14 @@ def test_of_several_captions_training_takes_one_by_seed_and_key(downloaded, llav
     assert {text for chosen in taken for text in chosen.values()} == {r["caption"] for r in rows}
 
 
+def test_captions_that_are_not_there_are_one_line_with_those_that_are(downloaded):
+    run_here(CaptionStage("openmoji", "colour"), downloaded)
+    catalog = Catalog(downloaded)
+    heads = catalog.heads(IMAGES)
+    with pytest.raises(SettingError, match=r"'colour.lower' has captioned nothing.* by colour$"):
+        upstream(catalog, "openmoji", Mix.parse("alt:0.5,colour.lower:0.5"), heads)
+
+
 def test_the_draw_is_even():
     drawn = Counter(one_of(["a", "b", "c"], 0, f"{n:09d}") for n in range(3000))
     assert all(900 < drawn[text] < 1100 for text in "abc")
@@ -185,7 +194,21 @@ def test_repair_names_the_command_that_makes_the_same_captions(
     (line,) = repair(downloaded, [Problem(source, name, "00001", None, "is broken")])
     command = shlex.split(line.split("`")[1])
     assert command[:3] == ["pipeline", "run", "caption"]
-    monkeypatch.setattr(sys, "argv", [*command, "--dry-run"])
+    monkeypatch.setattr(sys, "argv", [*command, "--stale", "--dry-run"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "1 shards left, 1 done" in capsys.readouterr().out
+
+
+def test_repair_names_what_decides_a_servers_captions(downloaded, llava, monkeypatch, capsys):
+    with Server() as server:
+        own = {"model": "tiny", "revision": "2", "tokenizer": str(llava), "prompt": "short"}
+        made = CaptionStage("openmoji", "endpoint", settings={**own, "url": server.url})
+        run_here(made, downloaded)
+    source, _, name = made.groups()[0].partition("/")
+    (line,) = repair(downloaded, [Problem(source, name, "00001", None, "is broken")])
+    command = shlex.split(line.split("`")[1])
+    monkeypatch.setattr(sys, "argv", [*command, "--stale", "--dry-run"])
     with pytest.raises(SystemExit):
         main()
     assert "1 shards left, 1 done" in capsys.readouterr().out
@@ -282,6 +305,25 @@ def test_the_page_shows_pictures_with_captions_and_needs_no_other_file(
     assert text == colour.page(store, counters, 10.0)
 
 
+def test_a_picture_that_a_server_read_and_nobody_else_can_is_left_out_of_the_page(tmp_path):
+    store = Store(tmp_path)
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 90).convert("RGB").save(buffer, "PNG")
+    data = buffer.getvalue()
+    middle = len(data) // 2
+    broken = data[:middle] + bytes(64) + data[middle + 64 :]  # its header and its end are sound
+    odd = ImageSample(ImageRef("odd", "x:", "odd"), broken, "png", 64, 64, 64, 64)
+    write_images(store, IMAGES, InputShard("00000", "train"), {}, [*pictures(), odd], 0.0)
+    with Server() as server:
+        own = {"url": server.url, "model": "tiny"}
+        made = CaptionStage("openmoji", "endpoint", settings=own)
+        run_here(made, store)
+    assert "odd" in {row["key"] for row in rows_of(store, made.groups()[0])}
+    page = Page(made.page(store, Counter(), 1.0))
+    assert page.tags["figure"] == len(pictures())
+    assert "not shown: odd: " in page.text
+
+
 def test_a_runs_report_has_rates_and_counts_and_its_page_beside_it(downloaded, capsys):
     report = Report("caption", "openmoji", shards=2, samples=10, seconds=4.0)
     report.counters = Counter({"captions": 20, "tokens": 300, "words 1-10": 20, "refusals": 1})
@@ -312,6 +354,13 @@ def test_a_setting_that_cannot_be_used_is_one_line(llava, settings, message):
     with pytest.raises(SettingError, match=message) as caught:
         stage(llava, **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_tells_where_its_time_went(downloaded):
+    worker = CaptionStage("openmoji", "colour").open(downloaded)
+    for job in worker.stage.plan(Catalog(downloaded)):
+        worker(job)
+    assert {"ms read", "ms look", "ms write"} <= worker.take_counters().keys()
 
 
 def test_a_device_is_of_no_concern_to_a_captioner_without_a_model():

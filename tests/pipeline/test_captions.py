@@ -11,7 +11,9 @@ def test_a_name_alone_is_all_of_the_mix():
     assert Mix.parse("alt:3, colour:1").weights == {"alt": 0.75, "colour": 0.25}
 
 
-@pytest.mark.parametrize("text", ["", "alt:x", "alt:-1", "alt:0", ":1", "alt:nan", "alt,"])
+@pytest.mark.parametrize(
+    "text", ["", "alt:x", "alt:-1", "alt:0", ":1", "alt:nan", "alt,", "a:1,b:1,a:2"]
+)
 def test_what_is_no_mix_is_refused(text):
     with pytest.raises(SettingError, match="captions="):
         Mix.parse(text)

@@ -249,6 +249,8 @@ def test_a_stage_begun_before_a_setting_existed_goes_on(
         ("data.sources", {"a": "2"}, "data.sources.a='2': input should be a valid number"),
         ("data.sources", ["a", "b", "a"], "data.sources: a is named twice; give sources weights"),
         ("data.sources", "toy", "data.sources='toy': input should be a valid list"),
+        ("data.captions", 3, "data.captions=3: input should be a valid string"),
+        ("data.captions", {"a": None}, "data.captions.a=None: input should be a valid string"),
         ("stages.masked.ema_start", 11, "stages.masked: ema_start 11: beyond the stage's"),
         ("stages.masked.final_lr", 0.5, "stages.masked: final_lr 0.5 with schedule constant"),
         ("stages.masked.keep_moments", True, "stages.masked.keep_moments: no stage before"),
