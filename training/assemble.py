@@ -37,7 +37,7 @@ from training.optim import make_optimizer
 from training.preflight import Plan, network_config, world_size
 from training.randomness import keyed_seed, stage_key
 from training.stage_settings import Power
-from training.stopping import StopAtSignal
+from training.stopping import StopAtSignal, Terminated
 
 COMPILED_MULTIPLE = 16  # caption rows of a batch: fewer lengths, fewer graphs
 WAIT_S = 7200.0  # that ranks wait for the first: it fetches, saves and exports gigabytes
@@ -68,16 +68,21 @@ def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
     left = folder.unfinished(plan)
     url = checkpoint.remote if first else ""
     stop = StopAtSignal()
-    with Mirror(plan.config.run_folder(), url, checkpoint.keep) as mirror:
-        for name, stage in plan.config.stages.items():
-            path = folder.stage_folder(plan, name)
-            if name in left:
-                stop.folder = path
-                _run_stage(plan, name, path, before, bill, callbacks, mirror, stop)
-            elif path.finished():
-                say(f"stage {name}: finished before, not run again")
-                mirror.catch_up(path)
-            before = path.checkpoint(stage.steps)
+    try:
+        with Mirror(plan.config.run_folder(), url, checkpoint.keep) as mirror:
+            for name, stage in plan.config.stages.items():
+                path = folder.stage_folder(plan, name)
+                if name in left:
+                    stop.folder = path
+                    _run_stage(plan, name, path, before, bill, callbacks, mirror, stop)
+                elif path.finished():
+                    say(f"stage {name}: finished before, not run again")
+                    mirror.catch_up(path)
+                before = path.checkpoint(stage.steps)
+    except Terminated:
+        # A launcher kills the other ranks when one has ended, and the first may still be saving.
+        dist.barrier()
+        raise
 
 
 def _run_stage(

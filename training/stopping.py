@@ -53,7 +53,9 @@ class StopAtSignal(Callback):
             raise Terminated(str(saved[0]) if saved else f"the beginning of {self.folder.path}")
 
     def close(self, state: State, logger: Logger) -> None:
-        if self._before is not None:
+        # Once the signal has come, to whichever rank, another is nothing new, and must not end the
+        # copying.
+        if self._before is not None and not (self._asked or self.now):
             signal.signal(signal.SIGTERM, self._before)
             self._before = None
 
