@@ -17,7 +17,7 @@ from composer import Callback, DataSpec, Trainer
 from composer.utils import dist, get_device
 
 from pipeline.core.errors import SettingError, StorageError
-from training import curve, folder, initial, journal, observers, parallel, weights
+from training import curve, folder, header, initial, journal, observers, parallel, weights
 from training.checkpoints import CheckpointState, allow_only_data, read, require_same
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
@@ -134,9 +134,8 @@ def _attempt(
     model = DiffusionModel(network, _objective(plan, name, rollbacks))
     begun = ""
     if dist.get_global_rank() == 0:
-        if start is not None:
-            previous = StageFolder(start.path.parent)
-            start.require_weights(previous.live if previous.live.exists() else previous.model)
+        if start is not None and (live := _live(StageFolder(start.path.parent))) is not None:
+            start.require_weights(live)
         begun = folder.begin(plan, name)  # now that the weights are known to fit
         mirror.put_records(path)
         mirror.catch_up(path)
@@ -168,6 +167,13 @@ def _attempt(
         ) from error
     finally:
         trainer.close()
+
+
+def _live(finished: StageFolder) -> Path | None:
+    """The file of a stage's live weights; None where somebody wanted the room of it."""
+    if finished.live.exists():
+        return finished.live
+    return finished.model if header.read_record(finished.model)["weights"] == "live" else None
 
 
 def _roll_back(plan: Plan, name: str, path: StageFolder, back: RollBack) -> None:
