@@ -61,8 +61,8 @@ def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
     if world_size() > 1:
         dist.initialize_dist(get_device(None), WAIT_S)
     first = dist.get_global_rank() == 0
-    if first:
-        fetch(plan)
+    if first and fetch(plan):
+        folder.check(plan)  # what was there already may be of another training
     dist.barrier()
     bill = Bill(world_size())
     left = folder.unfinished(plan)
@@ -83,6 +83,8 @@ def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
         # A launcher kills the other ranks when one has ended, and the first may still be saving.
         dist.barrier()
         raise
+    finally:
+        stop.release()
 
 
 def _run_stage(

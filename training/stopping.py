@@ -36,7 +36,8 @@ class StopAtSignal(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         # Composer's own handler ends the process at once, with what was not saved yet.
-        self._before = signal.signal(signal.SIGTERM, self._ask)
+        if self._before is None:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self.now = self._asked
@@ -55,7 +56,12 @@ class StopAtSignal(Callback):
     def close(self, state: State, logger: Logger) -> None:
         # Once the signal has come, to whichever rank, another is nothing new, and must not end the
         # copying.
-        if self._before is not None and not (self._asked or self.now):
+        if not (self._asked or self.now):
+            self.release()
+
+    def release(self) -> None:
+        """From here on the signal does what it did before."""
+        if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None
 
