@@ -83,8 +83,6 @@ def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
         # A launcher kills the other ranks when one has ended, and the first may still be saving.
         dist.barrier()
         raise
-    finally:
-        stop.release()
 
 
 def _run_stage(

@@ -54,14 +54,9 @@ class StopAtSignal(Callback):
             raise Terminated(str(saved[0]) if saved else f"the beginning of {self.folder.path}")
 
     def close(self, state: State, logger: Logger) -> None:
-        # Once the signal has come, to whichever rank, another is nothing new, and must not end the
-        # copying.
-        if not (self._asked or self.now):
-            self.release()
-
-    def release(self) -> None:
-        """From here on the signal does what it did before."""
-        if self._before is not None:
+        # Once the signal has come, to whichever rank, another is nothing new, and must end neither
+        # the copying nor the process before its exit code.
+        if self._before is not None and not (self._asked or self.now):
             signal.signal(signal.SIGTERM, self._before)
             self._before = None
 
