@@ -17,7 +17,7 @@ from composer import Callback, DataSpec, Trainer
 from composer.utils import dist, get_device
 
 from pipeline.core.errors import SettingError, StorageError
-from training import curve, folder, initial, journal, observers, parallel, weights
+from training import curve, folder, header, initial, journal, observers, parallel, weights
 from training.checkpoints import CheckpointState, allow_only_data, read, require_same
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
@@ -37,7 +37,7 @@ from training.optim import make_optimizer
 from training.preflight import Plan, network_config, world_size
 from training.randomness import keyed_seed, stage_key
 from training.stage_settings import Power
-from training.stopping import StopAtSignal
+from training.stopping import StopAtSignal, Terminated
 
 COMPILED_MULTIPLE = 16  # caption rows of a batch: fewer lengths, fewer graphs
 WAIT_S = 7200.0  # that ranks wait for the first: it fetches, saves and exports gigabytes
@@ -61,23 +61,28 @@ def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
     if world_size() > 1:
         dist.initialize_dist(get_device(None), WAIT_S)
     first = dist.get_global_rank() == 0
-    if first:
-        fetch(plan)
+    if first and fetch(plan):
+        folder.check(plan)  # what was there already may be of another training
     dist.barrier()
     bill = Bill(world_size())
     left = folder.unfinished(plan)
     url = checkpoint.remote if first else ""
     stop = StopAtSignal()
-    with Mirror(plan.config.run_folder(), url, checkpoint.keep) as mirror:
-        for name, stage in plan.config.stages.items():
-            path = folder.stage_folder(plan, name)
-            if name in left:
-                stop.folder = path
-                _run_stage(plan, name, path, before, bill, callbacks, mirror, stop)
-            elif path.finished():
-                say(f"stage {name}: finished before, not run again")
-                mirror.catch_up(path)
-            before = path.checkpoint(stage.steps)
+    try:
+        with Mirror(plan.config.run_folder(), url, checkpoint.keep) as mirror:
+            for name, stage in plan.config.stages.items():
+                path = folder.stage_folder(plan, name)
+                if name in left:
+                    stop.folder = path
+                    _run_stage(plan, name, path, before, bill, callbacks, mirror, stop)
+                elif path.finished():
+                    say(f"stage {name}: finished before, not run again")
+                    mirror.catch_up(path)
+                before = path.checkpoint(stage.steps)
+    except Terminated:
+        # A launcher kills the other ranks when one has ended, and the first may still be saving.
+        dist.barrier()
+        raise
 
 
 def _run_stage(
@@ -129,9 +134,8 @@ def _attempt(
     model = DiffusionModel(network, _objective(plan, name, rollbacks))
     begun = ""
     if dist.get_global_rank() == 0:
-        if start is not None:
-            previous = StageFolder(start.path.parent)
-            start.require_weights(previous.live if previous.live.exists() else previous.model)
+        if start is not None and (live := _live(StageFolder(start.path.parent))) is not None:
+            start.require_weights(live)
         begun = folder.begin(plan, name)  # now that the weights are known to fit
         mirror.put_records(path)
         mirror.catch_up(path)
@@ -163,6 +167,13 @@ def _attempt(
         ) from error
     finally:
         trainer.close()
+
+
+def _live(finished: StageFolder) -> Path | None:
+    """The file of a stage's live weights; None where somebody wanted the room of it."""
+    if finished.live.exists():
+        return finished.live
+    return finished.model if header.read_record(finished.model)["weights"] == "live" else None
 
 
 def _roll_back(plan: Plan, name: str, path: StageFolder, back: RollBack) -> None:

@@ -88,8 +88,9 @@ def content_hash(config: Config) -> str:
 
 def _record(config: Config) -> dict[str, Any]:
     where = f"init_from={config.init_from}"
+    file = path(config)
     try:
-        record = header.read_record(path(config))
+        record = header.read_record(file)
     except SettingError as error:
         raise SettingError(f"{where}: {error}") from error
     lost = [k for k in ("vae", "text_encoder", "text", "model", "resolution") if k not in record]

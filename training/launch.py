@@ -21,6 +21,7 @@ def main() -> int:
 
     def wait_longer(number: int, frame: Any) -> None:
         launcher.CLEANUP_TIMEOUT = PATIENCE
+        signal.signal(number, signal.SIG_IGN)  # a second one would end the waiting
         sys.exit(128 + number)  # as Composer's own handler does, which it set when it was imported
 
     signal.signal(signal.SIGTERM, wait_longer)

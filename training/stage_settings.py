@@ -49,9 +49,9 @@ MaskRatio = Annotated[
 
 
 class Section(BaseModel):
-    """Strict: "1e-3" in quotes is no number and an unknown key is an error."""
+    """Strict: "1e-3" in quotes is no number, nor is .nan, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 # Objective -> the settings of a stage that it alone reads, with their defaults: how noise levels

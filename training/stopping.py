@@ -36,7 +36,9 @@ class StopAtSignal(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         # Composer's own handler ends the process at once, with what was not saved yet.
-        self._before = signal.signal(signal.SIGTERM, self._ask)
+        before = signal.signal(signal.SIGTERM, self._ask)
+        if self._before is None:
+            self._before = before
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self.now = self._asked
@@ -53,7 +55,12 @@ class StopAtSignal(Callback):
             raise Terminated(str(saved[0]) if saved else f"the beginning of {self.folder.path}")
 
     def close(self, state: State, logger: Logger) -> None:
-        if self._before is not None:
+        if self._asked or self.now:
+            # To whichever rank the signal came, another is nothing new, and must end neither the
+            # copying nor the process before its exit code: a launcher sends one to the last ranks.
+            # Python takes its own handlers away before a process ends, but not this one.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        elif self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None
 

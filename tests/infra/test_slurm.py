@@ -9,10 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from training.launch import PATIENCE
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -63,7 +66,7 @@ def job(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     ) -> subprocess.Popen[str]:
         if not real_ray:
             program("ray", RAY)
-        for name in ("pipeline", "composer"):
+        for name in ("pipeline", "python"):
             if pipeline:
                 program(name, pipeline)
         environment = {
@@ -206,7 +209,7 @@ def test_another_command_is_refused(job, arguments):
     assert "pipeline run encode" in output
 
 
-def test_training_gets_composers_variables(job):
+def test_training_gets_the_patient_launcher_and_its_variables(job):
     show = 'echo "$* $WORLD_SIZE $LOCAL_WORLD_SIZE $NODE_RANK $MASTER_ADDR $MASTER_PORT"'
     process = job(
         "slurm-train.sh",
@@ -218,7 +221,57 @@ def test_training_gets_composers_variables(job):
     )
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
-    assert output == "training/train.py yamls/1b.yaml name=a b 16 8 1 node0 31234\n"
+    launched = "-m training.launch training/train.py yamls/1b.yaml name=a b"
+    assert output == f"{launched} 16 8 1 node0 31234\n"
+
+
+def test_slurm_warns_as_long_before_the_limit_as_the_launcher_waits():
+    text = (ROOT / "infra/slurm-train.sh").read_text()
+    warning = re.search(r"^#SBATCH --signal=TERM@(\d+)$", text, re.MULTILINE)
+    assert warning is not None
+    assert int(warning[1]) >= PATIENCE.total_seconds()
+
+
+# In the place of training/train.py: a rank that needs a while to end in order.
+RANK = """
+import os, pathlib, signal, sys, time
+
+def save(number, frame):
+    time.sleep(1)
+    pathlib.Path(f"saved-{rank}").touch()
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, save)
+rank = os.environ["RANK"]
+if rank == "2":
+    print("started", *sys.argv[1:], os.environ["WORLD_SIZE"], flush=True)
+pathlib.Path(f"up-{rank}").touch()
+time.sleep(120)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_the_real_launcher_starts_and_ends_a_nodes_ranks(job, tmp_path):
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training/train.py").write_text(RANK)
+    process = job(
+        "slurm-train.sh",
+        "yamls/1b.yaml",
+        SLURM_GPUS_ON_NODE="2",
+        SLURM_NODEID="1",
+        PYTHONPATH=str(ROOT),
+    )
+    deadline = time.monotonic() + 120
+    while not all((tmp_path / f"up-{rank}").exists() for rank in (2, 3)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # the script has become the launcher
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert "started yamls/1b.yaml 4" in output
+    assert all((tmp_path / f"saved-{rank}").exists() for rank in (2, 3))
 
 
 @pytest.mark.slow

@@ -163,6 +163,17 @@ def test_a_checkpoint_of_other_weights_than_its_stages(
         assemble.run(plan_of(data, copy))
 
 
+def test_a_finished_stage_can_do_without_its_live_weights(
+    data: dict[str, Any], trained: tuple[Plan, Watch], tmp_path: Path
+) -> None:
+    """Who wants their room deletes them: the checkpoint has them, and the average is no check."""
+    source, copy = trained[0].config.run_folder(), tmp_path / "run"
+    shutil.copytree(source / "masked", copy / "masked")
+    (copy / "masked/live.safetensors").unlink()
+    assemble.run(plan_of(data, copy))
+    assert equal(copy / "model.safetensors", source / "model.safetensors")
+
+
 def test_loading_runs_no_code(tmp_path: Path) -> None:
     """Composer calls torch.load with weights_only=False; the variable overrules it."""
     torch.save(Evil(tmp_path / "sign"), tmp_path / "evil.pt")

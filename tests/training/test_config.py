@@ -190,6 +190,8 @@ def test_a_stage_begun_before_a_setting_existed_goes_on(
         ("stages.full.steps", True, "stages.full.steps=True: input should be a valid integer"),
         ("stages.full.steps", 2.5, "stages.full.steps=2.5: input should be a valid integer"),
         ("defaults.lr", "1e-3", "defaults.lr='1e-3': input should be a valid number"),
+        ("defaults.lr", float("inf"), "defaults.lr=inf: input should be a finite number"),
+        ("stages.full.p_mean", float("nan"), "p_mean=nan: input should be a finite number"),
         ("defaults.lr", 0, "defaults.lr=0: input should be greater than 0"),
         ("stages.full.mask_ratio", 1.0, "stages.full.mask_ratio=1.0: input should be less than 1"),
         ("stages.full.mask_ratio", 0.5, "stages.full: mask_ratio 0.5 with mask none: name a mask"),

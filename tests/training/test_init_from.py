@@ -127,7 +127,7 @@ def test_weights_of_another_kind(
     refused("(expert_capacity: 2.0, this run's 1.0)", model={**model, "expert_capacity": 1.0})
     refused("edm.sigma_data=0.5: init_from=", edm={"sigma_data": 0.5})
     refused("objective=flow: init_from=", objective="flow")
-    refused("init_from=nothing: no file nothing", Path("nothing"))
+    refused("train: init_from=nothing: no file nothing", Path("nothing"))
     root, names = (
         Path(data["data"]["root"]),
         Encoders(data["data"]["vae"], data["data"]["text_encoder"]),

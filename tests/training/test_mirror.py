@@ -19,7 +19,7 @@ from pipeline.core.errors import SettingError, StorageError
 from pipeline.core.store import Store
 from tests.pipeline.s3 import BUCKET, S3Server, variables
 from tests.training.groups import make_encoders, make_source, settings
-from training import assemble
+from training import assemble, weights
 from training.config import resolve
 from training.mirror import Mirror
 from training.preflight import Plan, check
@@ -128,6 +128,20 @@ def test_only_a_copy_that_is_further_is_fetched(
     assemble.run(plan_of(data, tmp_path / "run", tmp_path / "copy"), [again])
     assert again.steps == []
     assert tree(tmp_path / "copy") == tree(whole[1])  # and the copy caught up
+
+
+def test_a_copy_that_began_from_other_weights(
+    data: dict[str, Any], whole: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The first stage is here already, of the same settings, trained with other results."""
+    shutil.copytree(whole[1], tmp_path / "copy")
+    (tmp_path / "copy/full/model.safetensors").unlink()
+    shutil.copytree(whole[0] / "masked", tmp_path / "run/masked")
+    model = tmp_path / "run/masked/model.safetensors"
+    changed = {name: value + 1 for name, value in load_file(model).items()}
+    weights.write(model, changed, weights.read_passport(model))
+    with pytest.raises(SettingError, match=r"masked/model.safetensors holds other weights than"):
+        assemble.run(plan_of(data, tmp_path / "run", tmp_path / "copy"))
 
 
 def test_a_copy_of_another_run(

@@ -112,6 +112,55 @@ def test_sigterm_saves_and_the_run_goes_on(
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+# argv: settings as JSON, a folder for what ranks have to say. The first rank's copying takes 5 s.
+SLOW_COPY = """
+import json, os, pathlib, signal, sys, time
+from composer import Callback
+from composer.utils import dist
+from training import assemble, mirror
+from training.config import resolve
+from training.preflight import check
+from training.stopping import Terminated
+
+rank = os.environ["RANK"]
+
+class Copying(mirror.Mirror):
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        if rank == "0":
+            time.sleep(5)
+            os.kill(os.getpid(), signal.SIGTERM)  # again
+            time.sleep(0.1)
+            pathlib.Path(sys.argv[2], "copied").touch()
+
+class Term(Callback):
+    def batch_end(self, state, logger):
+        if state.timestamp.batch.value == 2 and rank == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+assemble.Mirror = Copying
+try:
+    assemble.run(check(resolve(json.loads(sys.argv[1]))), [Term()])
+except Terminated:
+    copied = pathlib.Path(sys.argv[2], "copied").exists()
+    pathlib.Path(sys.argv[2], f"end-{rank}").write_text(str(copied))
+    sys.exit(143)
+"""
+
+
+def test_no_rank_ends_before_the_first_has_copied(data: dict[str, Any], tmp_path: Path) -> None:
+    """Or the launcher, or Slurm, would kill it."""
+    script = tmp_path / "script.py"
+    script.write_text(SLOW_COPY)
+    raw = json.dumps(data | {"folder": str(tmp_path / "run")})
+    launcher = str(Path(sys.executable).parent / "composer")
+    command = [launcher, "-n", "2", str(script), raw, str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 143, result.stdout + result.stderr
+    assert [(tmp_path / f"end-{rank}").read_text() for rank in (0, 1)] == ["True", "True"]
+
+
 # argv: whose main. Its limit is 1 s here, in the place of 30.
 LAUNCHER = """
 import datetime, importlib, sys
@@ -148,5 +197,8 @@ def test_the_patient_launcher(tmp_path: Path, main: str, code: int) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
+    if main == "training.launch":
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)  # of somebody who has no patience
     assert process.wait(60) % 256 == code
     assert saved.exists() == (main == "training.launch")
