@@ -2,7 +2,8 @@
 
 A stage sees one shard, so it drops duplicates within it. What lies in several is found here, and
 goes to the drop lists that every reader honours: of equal pictures the first stays, in the order of
-source, shard and key.
+source, shard and key. Pictures that training does not stream (held out, evaluation) come before all
+others and always stay: what training has in common with them goes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pipeline.core.commits import Commit, read_file, scan
 from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
 
+TRAIN = "train"  # the split that training streams
 HASH = np.dtype([("high", "<u8"), ("low", "<u8")])  # 128 of SHA-256's 256 bits: 16 bytes a picture
 
 
@@ -39,7 +41,7 @@ def find(
     sources: list[str],
     progress: Callable[[int, int, str], None] = lambda done, total, source: None,
 ) -> Duplicates:
-    """Every picture that equals an earlier one, byte for byte as it is stored.
+    """Every picture of training that equals an earlier one, byte for byte as it is stored.
 
     Memory: 24 bytes a picture, and as much again while they are compared. A picture that was
     dropped already still counts as the first of its kind: a takedown takes its copies along.
@@ -53,21 +55,24 @@ def find(
     hashes: list[np.ndarray] = []
     shards: list[tuple[str, Commit, int]] = []  # source, commit, where its pictures begin
     begin = 0
-    for source in sources:
-        group = layout.images_group(source)
-        total = len(store.names(f"{group}/commits"))
-        for number, commit in enumerate(scan(store, group), 1):
-            table = _successes(store, group, commit, "sha256")
-            hashes.append(_parsed(table["sha256"]))
-            shards.append((source, commit, begin))
-            begin += table.num_rows
-            progress(number, total, source)
+    commits = {source: [*scan(store, layout.images_group(source))] for source in sources}
+    for held_out in (True, False):
+        for source, all_of_it in commits.items():
+            chosen = [commit for commit in all_of_it if (commit.split != TRAIN) == held_out]
+            for number, commit in enumerate(chosen, 1):
+                table = _successes(store, layout.images_group(source), commit, "sha256")
+                hashes.append(_parsed(table["sha256"]))
+                shards.append((source, commit, begin))
+                begin += table.num_rows
+                progress(number, len(chosen), source)
     found = Duplicates(pictures=begin)
     if not begin:
         return found
     later = _later(np.concatenate(hashes))
     out = {source: drops.read(store, source) for source in sources}
     for source, commit, rows in _by_shard(shards, later):
+        if commit.split != TRAIN:
+            continue
         table = _successes(store, layout.images_group(source), commit, "key")
         keys = table["key"].take(pa.array(rows)).to_pylist()
         known = out[source].get(commit.shard, frozenset())

@@ -248,4 +248,5 @@ def _table(rejects: list[Reject]) -> bytes:
 
     from pipeline.core.tables import to_parquet
 
-    return to_parquet(pa.Table.from_pylist([asdict(reject) for reject in rejects]))
+    names = ("key", "stage", "reason", "detail")
+    return to_parquet(pa.table({n: [getattr(r, n) for r in rejects] for n in names}))

@@ -57,15 +57,15 @@ def keep(raw: RawImage, rules: Rules) -> ImageSample | Reject:
     references = tuple(map(readable, raw.ref.references))
     if (longest := max(map(len, (caption, *references)))) > rules.max_caption_length:
         detail = f"a caption of {longest} characters"
-        return Reject(raw.ref.key, "download", "caption-too-long", detail)
+        return Reject(raw.ref.key, "download", "caption-too-long", detail, raw.ref)
     if raw.ref.caption and not caption:
         detail = f"nothing can be read of {raw.ref.caption[:80]!r}"
-        return Reject(raw.ref.key, "download", "no-caption", detail)
+        return Reject(raw.ref.key, "download", "no-caption", detail, raw.ref)
     try:
         raw = replace(raw, ref=replace(raw.ref, caption=caption, references=references))
         return _kept(raw, rules)
     except BadPicture as error:
-        return Reject(raw.ref.key, "download", error.reason, str(error))
+        return Reject(raw.ref.key, "download", error.reason, str(error), raw.ref)
 
 
 def readable(caption: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -57,6 +57,8 @@ class Reject:
     stage: str
     reason: str  # a short class of causes, e.g. "undecodable"; summaries group by it
     detail: str  # what exactly happened
+    #: Where it came from, for those who look for it in their list; no part of the verdict.
+    ref: ImageRef | None = field(default=None, compare=False)
 
 
 FAILED = "failed_to_download"  # the reason of rejects that `--retry-failed` tries again

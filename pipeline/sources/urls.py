@@ -116,21 +116,27 @@ class Urls(HttpSettings):
 
     def _fault(self, key: str, row: Row) -> Reject | None:
         """What is the matter with a row itself."""
-        if not (row.url or "").strip():
-            return Reject(key, "download", "refused", "no link in this row")
-        if self.caption_col is not None and not (row.caption or "").strip():
-            return Reject(key, "download", "no-caption", "no caption in this row")
+        ref = _ref(key, row)
+        if not ref.url.strip():
+            return Reject(key, "download", "refused", "no link in this row", ref)
+        if self.caption_col is not None and not ref.caption.strip():
+            return Reject(key, "download", "no-caption", "no caption in this row", ref)
         if self.verify_hash is not None and not (row.hash or "").strip():
-            return Reject(key, "download", "hash-mismatch", "no hash in this row")
+            return Reject(key, "download", "hash-mismatch", "no hash in this row", ref)
         return None
 
     def _judged(self, key: str, row: Row, body: bytes | FetchError) -> RawImage | Reject:
+        ref = _ref(key, row)
         if isinstance(body, FetchError):
-            return Reject(key, "download", body.reason, str(body))
+            return Reject(key, "download", body.reason, str(body), ref)
         if self.verify_hash is not None:
             kind, expected = self.verify_hash[1], (row.hash or "").strip().lower()
             found = hashlib.new(kind, body).hexdigest()
             if found != expected:
                 detail = f"{kind} {found[:12]}…, the list says {expected[:12]}…"
-                return Reject(key, "download", "hash-mismatch", detail)
-        return RawImage(ImageRef(key, row.url or "", row.caption or ""), body)
+                return Reject(key, "download", "hash-mismatch", detail, ref)
+        return RawImage(ref, body)
+
+
+def _ref(key: str, row: Row) -> ImageRef:
+    return ImageRef(key, row.url or "", row.caption or "")

@@ -162,7 +162,8 @@ class _Worker:
             if isinstance(item, ImageSample) and rules.drop_duplicates:
                 first = seen.setdefault(sha256(item.data), key)
                 if first != key:
-                    item = Reject(key, Download.name, "duplicate", f"the same picture as {first}")
+                    detail = f"the same picture as {first}"
+                    item = Reject(key, Download.name, "duplicate", detail, item.ref)
             yield item
 
     def _items(self, job: Job, group: str) -> Iterable[RawImage | ImageSample | Reject]:
@@ -212,6 +213,6 @@ def _cleaned(sample: ImageSample) -> ImageSample | Reject:
     caption = clean(ref.caption)
     if ref.caption and not caption:
         detail = f"nothing is left of {ref.caption[:80]!r}"
-        return Reject(ref.key, Download.name, "no-caption", detail)
+        return Reject(ref.key, Download.name, "no-caption", detail, ref)
     references = tuple(map(clean, ref.references))
     return replace(sample, ref=replace(ref, caption=caption, references=references))

@@ -21,6 +21,7 @@ from pipeline.core.commits import (
     write_shard,
 )
 from pipeline.core.errors import BrokenShard
+from pipeline.core.rules import readable
 from pipeline.core.samples import FAILED, ImageRef, ImageSample, InputShard, Reject
 from pipeline.core.spool import spool
 from pipeline.core.store import Store, sha256
@@ -28,6 +29,7 @@ from pipeline.core.tables import from_parquet, to_parquet
 from pipeline.core.tars import read_samples, write_tar
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+REJECTED_CAPTION = 1000  # characters that are kept of a reject's caption
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,7 @@ def write_images(
         for item in items:
             if isinstance(item, Reject):
                 rejects.append(item)
-                row = {"key": item.key, "status": item.reason, "error_message": item.detail}
-                rows.append(row)
+                rows.append(_reject_row(item))
                 continue
             row = _row(item, shard.split)
             rows.append(row)
@@ -91,6 +92,18 @@ def write_images(
             rejects=rejects,
             max_reject_rate=max_reject_rate,
         )
+
+
+def _reject_row(reject: Reject) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "key": reject.key,
+        "status": reject.reason,
+        "error_message": reject.detail,
+    }
+    if reject.ref is not None:
+        row["url"] = readable(reject.ref.url) or None
+        row["caption"] = readable(readable(reject.ref.caption)[:REJECTED_CAPTION]) or None
+    return row
 
 
 def _row(sample: ImageSample, split: str) -> dict[str, Any]:
@@ -195,7 +208,13 @@ def stored_samples(store: Store, group: str, commit: Commit) -> Iterator[ImageSa
 def stored_rejects(store: Store, group: str, commit: Commit) -> list[Reject]:
     """A committed shard's rejects, in order of key."""
     return [
-        Reject(row["key"], commit.inputs["stage"], row["status"], row["error_message"])
+        Reject(
+            row["key"],
+            commit.inputs["stage"],
+            row["status"],
+            row["error_message"],
+            ImageRef(row["key"], row["url"] or "", row["caption"] or ""),
+        )
         for row in _stored_rows(store, group, commit)
         if row["status"] != "success"
     ]

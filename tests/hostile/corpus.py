@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from pipeline.core.tables import from_parquet
 from pipeline.plan import Choice
 from pipeline.sources.folder import Folder
 from pipeline.stages.download import Download
-from tests.hostile import captions, names, pictures
+from tests.hostile import captions, memory, names, pictures
 from tests.hostile.case import Case
 from tests.pipeline.roots import run_here
 
@@ -103,8 +102,10 @@ def main() -> None:
         found[which] = {
             c.name: (r["status"], r["error_message"]) for c, r in zip(order, rows, strict=True)
         }
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    json.dump({"verdicts": found, "peak_bytes": peak}, io.TextIOWrapper(sys.stdout.buffer, "utf-8"))
+    json.dump(
+        {"verdicts": found, "peak_bytes": memory.peak()},
+        io.TextIOWrapper(sys.stdout.buffer, "utf-8"),
+    )
 
 
 if __name__ == "__main__":

@@ -58,6 +58,19 @@ def test_copies_of_what_was_taken_down_go_as_well(store):
     assert "000010001" in found.new["coco2014"]["00001"]
 
 
+def test_held_out_pictures_stay_and_training_gives_way(store):
+    (first, *_) = pictures()
+    ref = ImageRef("000020000", "x:a", "a")
+    shard = InputShard("00002", "heldout")
+    write_images(store, "openmoji/images", shard, {}, [replace(first, ref=ref)], 0.0)
+    found = find(store, ["coco2014", "openmoji"])
+    assert found.new["coco2014"] == {
+        "00000": ["000000000"],
+        "00001": ["000010000", "000010001"],
+    }
+    assert "00002" not in found.new["openmoji"]
+
+
 def test_no_pictures(tmp_path):
     assert find(Store(tmp_path), ["openmoji"]).pictures == 0
 

@@ -104,6 +104,19 @@ def test_what_fails_again_changes_nothing(tmp_path):
     assert tree(tmp_path) == before
 
 
+def test_a_reject_keeps_its_link_and_caption(tmp_path):
+    store = Store(tmp_path)
+    run_here(stage(Flaky()), store, Choice(shards="0"))
+    commit = read_commit(store, GROUP, "00000")
+    assert commit is not None
+    (row,) = (r for r in rows_of(store, commit) if r["status"] == "duplicate")
+    assert (row["url"], row["caption"]) == ("x:000000005", "<b>red heart</b>")
+
+
+def rows_of(store: Store, commit) -> list[dict[str, Any]]:
+    return from_parquet(read_file(store, GROUP, commit, ".parquet")).to_pylist()
+
+
 def test_duplicates_name_the_first(tmp_path):
     store = Store(tmp_path)
     run_here(stage(Flaky()), store, Choice(shards="0"))

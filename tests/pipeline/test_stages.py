@@ -269,7 +269,10 @@ def test_a_shard_of_rejects_is_committed_only_where_that_is_expected(tmp_path):
 
 
 def test_captions_that_nobody_wrote_name_the_command(downloaded):
-    with pytest.raises(SettingError, match="pipeline run caption --source openmoji --captioner x"):
+    with pytest.raises(
+        SettingError,
+        match=r"pipeline run caption --source openmoji` .* captions are there by colour",
+    ):
         plan(stage(captions="x"), Catalog(downloaded))
 
 
