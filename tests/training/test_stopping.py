@@ -184,9 +184,12 @@ time.sleep(120)
 
 
 @pytest.mark.parametrize(
-    ("main", "code"), [("composer.cli.launcher", 256 - 9), ("training.launch", 143)]
+    ("main", "codes"),
+    # Composer says 1 where the rank that it killed is not gone when it looks.
+    [("composer.cli.launcher", (256 - 9, 1)), ("training.launch", (143,))],
+    ids=["composer", "patient"],
 )
-def test_the_patient_launcher(tmp_path: Path, main: str, code: int) -> None:
+def test_the_patient_launcher(tmp_path: Path, main: str, codes: tuple[int, ...]) -> None:
     script, up, saved = (tmp_path / name for name in ("rank.py", "up", "saved"))
     script.write_text(RANK)
     command = [sys.executable, "-W", "ignore", "-c", LAUNCHER, main, "-n", "1"]
@@ -200,5 +203,5 @@ def test_the_patient_launcher(tmp_path: Path, main: str, code: int) -> None:
     if main == "training.launch":
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)  # of somebody who has no patience
-    assert process.wait(60) % 256 == code
+    assert process.wait(60) % 256 in codes
     assert saved.exists() == (main == "training.launch")
