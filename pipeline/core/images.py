@@ -198,7 +198,8 @@ def _jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
     """(H, W, 3) uint8 of an RGB or grey JPEG, or None: Pillow has to decide."""
     if image.format not in ("JPEG", "MPO"):
         return None
-    if data.count(b"\xff\xda") > MAX_SCANS and (scans := _scans(data)) > MAX_SCANS:
+    # The bytes of a sequential scan grow with its pixels; looking for scans takes 6 % of decoding.
+    if "progressive" in image.info and (scans := _scans(data)) > MAX_SCANS:
         raise BadPicture("too-large", f"{scans} scans")
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
