@@ -46,6 +46,20 @@ def test_shipped_settings_can_be_planned(path: Path) -> None:
     assert "GPU-hours, $" in report(plan)
 
 
+@pytest.mark.parametrize("source", load([str(ROOT / "yamls/1b.yaml")]).data.sources)
+def test_the_papers_sources_are_encoded_as_the_paper_is_trained(source: str) -> None:
+    """`pipeline run encode --source …` without options makes what yamls/1b.yaml streams."""
+    from pipeline.config import load_config
+
+    config = load([str(ROOT / "yamls/1b.yaml")])
+    encode = load_config(source, ROOT / f"yamls/data/{source}.yaml", {}).encode
+    data = config.data
+    assert (encode.vae, encode.text_encoder) == (data.vae, data.text_encoder)
+    assert (encode.text, encode.text_dtype) == (data.text, data.text_dtype)
+    assert (encode.captions, encode.latents, encode.crop) == ("alt", data.latents, data.crop)
+    assert {stage.resolution for stage in config.stages.values()} <= set(encode.resolutions)
+
+
 def test_the_paper_in_one_file() -> None:
     """Steps, rates, noise and clipping of the four stages (facts/method.md, section 3.1)."""
     stages = load([str(ROOT / "yamls/1b.yaml")]).stages
