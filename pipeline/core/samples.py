@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 
@@ -47,6 +49,11 @@ class ImageSample:
     height: int
     original_width: int  # as it came, upright
     original_height: int
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the bytes; duplicates are told by it, and the parquet has it."""
+        return hashlib.sha256(self.data).hexdigest()
 
 
 @dataclass(frozen=True)

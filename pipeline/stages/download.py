@@ -15,7 +15,7 @@ from pipeline.core.catalog import Catalog
 from pipeline.core.commits import MAX_REJECT_RATE, Commit, read_commit
 from pipeline.core.rules import Rules, keep
 from pipeline.core.samples import FAILED, ImageSample, InputShard, RawImage, Reject
-from pipeline.core.store import Store, canonical_json, fingerprint, sha256
+from pipeline.core.store import Store, canonical_json, fingerprint
 from pipeline.sources.files import transfer
 from pipeline.stages import Job, Needs
 from pipeline.stages.images import stored_rejects, stored_samples, write_images
@@ -160,7 +160,7 @@ class _Worker:
                 if isinstance(item, ImageSample) and rules.clean_captions:
                     item = _cleaned(item)
             if isinstance(item, ImageSample) and rules.drop_duplicates:
-                first = seen.setdefault(sha256(item.data), key)
+                first = seen.setdefault(item.sha256, key)
                 if first != key:
                     detail = f"the same picture as {first}"
                     item = Reject(key, Download.name, "duplicate", detail, item.ref)

@@ -24,7 +24,7 @@ from pipeline.core.errors import BrokenShard
 from pipeline.core.rules import readable
 from pipeline.core.samples import FAILED, ImageRef, ImageSample, InputShard, Reject
 from pipeline.core.spool import spool
-from pipeline.core.store import Store, sha256
+from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet, to_parquet
 from pipeline.core.tars import read_samples, write_tar
 
@@ -118,7 +118,7 @@ def _row(sample: ImageSample, split: str) -> dict[str, Any]:
         "original_width": sample.original_width,
         "original_height": sample.original_height,
         "exif": None,
-        "sha256": sha256(sample.data),
+        "sha256": sample.sha256,
         "split": split,
     }
     if sample.ref.references:
