@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pipeline.core.errors import SettingError
-from tests.training.groups import Encoders, changed, make_encoders, make_source, settings
+from tests.training.groups import Encoders, changed, make_source
 from training import folder
 from training.config import _keys, load, resolve
 from training.masking.ratio import ratio_at
@@ -22,16 +22,6 @@ from training.settings import Config, Model
 from training.stage_settings import NOISE
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
-    return make_encoders(tmp_path_factory.mktemp("encoders"))
-
-
-@pytest.fixture
-def raw(tmp_path: Path, encoders: Encoders) -> dict[str, Any]:
-    return settings(tmp_path / "data", encoders, tmp_path / "run")
 
 
 RUNS = sorted([*ROOT.glob("yamls/*.yaml"), *ROOT.glob("yamls/ablations/*.yaml")])

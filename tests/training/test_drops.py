@@ -16,15 +16,10 @@ import torch
 from pipeline.core import drops
 from pipeline.core.errors import SettingError
 from pipeline.core.store import Store
-from tests.training.groups import Encoders, make_encoders, make_source, settings
+from tests.training.groups import Encoders, make_source, settings
 from training.config import resolve
 from training.loader import LatentText, Sample, make_dataset, make_loader
 from training.preflight import Plan, check
-
-
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
-    return make_encoders(tmp_path_factory.mktemp("encoders"))
 
 
 def plan_of(root: Path, encoders: Encoders, **data: Any) -> Plan:

@@ -13,22 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.training.groups import Encoders, changed, make_encoders, make_source, settings
+from tests.training.groups import Encoders, changed, make_source
 from training.settings import Config
 from training.threads import share_cores
 
 ROOT = Path(__file__).parents[2]
 STARTUP_S = 2.0  # in which an error has to be out
-
-
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
-    return make_encoders(tmp_path_factory.mktemp("encoders"))
-
-
-@pytest.fixture
-def raw(tmp_path: Path, encoders: Encoders) -> dict[str, Any]:
-    return settings(tmp_path / "data", encoders, tmp_path / "run")
 
 
 def train(*arguments: str, cwd: Path = ROOT) -> tuple[subprocess.CompletedProcess[str], float]:

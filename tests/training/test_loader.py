@@ -22,7 +22,7 @@ from pipeline.core.errors import SettingError
 from pipeline.core.latents import to_model
 from pipeline.core.manifest import VaeFacts
 from pipeline.core.store import Store
-from tests.training.groups import Encoders, make_encoders, make_source, settings
+from tests.training.groups import Encoders, make_source, settings
 from training import scores, text
 from training.buffers import Pool
 from training.config import resolve
@@ -30,11 +30,6 @@ from training.loader import LatentText, Sample, collate, global_rows, make_datas
 from training.preflight import Plan, check
 from training.randomness import Rows
 from training.text import TextGroup
-
-
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
-    return make_encoders(tmp_path_factory.mktemp("encoders"))
 
 
 @pytest.fixture(scope="module")

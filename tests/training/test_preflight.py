@@ -9,19 +9,9 @@ import pytest
 
 from pipeline.core.errors import SettingError
 from pipeline.core.store import Store
-from tests.training.groups import Encoders, changed, make_encoders, make_source, settings
+from tests.training.groups import Encoders, changed, make_source
 from training.config import resolve
 from training.preflight import MissingData, check
-
-
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
-    return make_encoders(tmp_path_factory.mktemp("encoders"))
-
-
-@pytest.fixture
-def raw(tmp_path: Path, encoders: Encoders) -> dict[str, Any]:
-    return settings(tmp_path / "data", encoders, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
