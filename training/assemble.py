@@ -26,7 +26,7 @@ from training.ema import EMA
 from training.folder import StageFolder
 from training.guard import RollBack
 from training.leftovers import of_first_rank
-from training.loader import global_rows, make_dataset, make_loader
+from training.loader import LatentText, global_rows, make_dataset, make_loader
 from training.loggers import make_loggers
 from training.meter import Bill
 from training.mirror import Mirror, fetch
@@ -34,7 +34,7 @@ from training.model import DiffusionModel, Objective
 from training.objectives import OBJECTIVES
 from training.observers import say
 from training.optim import make_optimizer
-from training.preflight import Plan, network_config, world_size
+from training.preflight import Plan, Source, network_config, world_size
 from training.randomness import keyed_seed, stage_key
 from training.stage_settings import Power
 from training.stopping import StopAtSignal, Terminated
@@ -149,10 +149,14 @@ def _attempt(
         start.restore_moments(trainer.state)
     done = trainer.state.timestamp.batch.value
     say(f"stage {name}: {stage.steps} steps" + (f", goes on after {done}" if done else ""))
+    for source in plan.data[name]:
+        for reason, count in source.left_out.items():
+            say(f"stage {name}: {source.name}: {count} pictures left out, {reason}")
     try:
         if done < stage.steps:
             trainer.fit()
-        _export(plan, name, path, model, ema)
+        dataset: LatentText = trainer.state.train_dataloader.dataset  # pyright: ignore
+        _export(plan, name, path, model, ema, dataset.damaged())
         if dist.get_global_rank() == 0:
             curve.draw(journal.read(path.metrics), f"{config.name}, stage {name}", path.curve)
             mirror.put_weights(path)
@@ -302,9 +306,20 @@ def _trainer(
         ) from error
 
 
-def _export(plan: Plan, name: str, path: StageFolder, model: DiffusionModel, ema: EMA) -> None:
+def _export(
+    plan: Plan,
+    name: str,
+    path: StageFolder,
+    model: DiffusionModel,
+    ema: EMA,
+    damaged: list[tuple[str, str]],
+) -> None:
     """The finished stage's weights, the first average of them also as those of the run. All ranks
-    gather them, the first writes."""
+    gather them, the first writes.
+
+    Args:
+        damaged: shards that were skipped.
+    """
     tensors = gathered(model.dit.state_dict())
     averages = {n: a["values"] for n, a in ema.state_dict()["averages"].items()}
     if dist.get_global_rank() > 0:
@@ -326,6 +341,7 @@ def _export(plan: Plan, name: str, path: StageFolder, model: DiffusionModel, ema
         text_manifests={source.name: source.text for source in sources},
         attribution=weights.attributions([source.name for source in sources]),
         config=config.model_dump(mode="json"),
+        left_out=_left_out(sources, damaged),
     )
     if not stage.ema or stage.steps < stage.ema_start:
         weights.write(path.model, tensors, live)
@@ -339,3 +355,11 @@ def _export(plan: Plan, name: str, path: StageFolder, model: DiffusionModel, ema
             file = path.average(average) if number else path.model
             weights.write(file, {**tensors, **averages.get(average, {})}, passport)
     folder.link(path.model, config.run_folder() / folder.MODEL)
+
+
+def _left_out(sources: list[Source], damaged: list[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """What a passport says of it."""
+    found = {source.name: dict(source.left_out) for source in sources}
+    for source, _ in damaged:
+        found[source]["damaged shards"] = 1 + found[source].get("damaged shards", 0)
+    return {name: counts for name, counts in found.items() if counts}

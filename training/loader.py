@@ -101,20 +101,19 @@ class LatentText(StreamingDataset):
         self._damaged = SharedArray(self.num_shards, np.uint8, name)
 
     def damaged(self) -> list[tuple[str, str]]:
-        """(source, input shard) of those that were found damaged and are skipped, on this node."""
-        places = np.flatnonzero(self._damaged.numpy())
-        return [self._name(int(place)) for place in places]
+        """(source, input shard) of those that were found damaged and are skipped. Every rank has to
+        call it: nodes tell each other."""
+        found = [self._name(int(place)) for place in np.flatnonzero(self._damaged.numpy())]
+        if self._skip and self._unique_rank_world.num_nodes > 1:
+            nodes: list[Any] = [None] * distributed.get_world_size()
+            distributed.all_gather_object(nodes, found)
+            found = [name for names in nodes for name in names]
+        return sorted({*found})
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Called on every rank."""
         state, damaged = super().state_dict(num_samples, from_beginning), self.damaged()
-        if self._skip and self._unique_rank_world.num_nodes > 1:
-            nodes: list[Any] = [None] * distributed.get_world_size()
-            distributed.all_gather_object(nodes, damaged)
-            damaged = [name for names in nodes for name in names]
-        if damaged:
-            state["damaged"] = [list(name) for name in sorted({*damaged})]
-        return state
+        return {**state, "damaged": [*map(list, damaged)]} if damaged else state
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Goes on in the middle of an epoch, which ends earlier where samples were dropped since.
@@ -195,7 +194,7 @@ class LatentText(StreamingDataset):
             source, name = self._name(shard)
             print(
                 f"train: shard {name} of {source} is left out from here on "
-                f"({len(self.damaged())} of {self.num_shards} shards): {error}",
+                f"({int(self._damaged.numpy().sum())} of {self.num_shards} shards): {error}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -51,8 +51,7 @@ class ShardFiles:
         if self.cached:
             self._commits.read_all()  # names in the cache hold what the commits say
             cache.remove_leftovers(group)
-        self._checked: set[str] = set()
-        self._paths: dict[str, str] = {}
+        self._paths: dict[str, str] = {}  # of shards that were checked
         self._connected = (os.getpid(), store)
 
     def shards(self) -> list[str]:
@@ -88,10 +87,8 @@ class ShardFiles:
             StorageError: it cannot be read, or fetched.
         """
         path = self._paths.get(shard)
-        if path is None:
-            path = self._paths[shard] = self.path(shard)
-        data = _maps.get(path)
-        return self._open(shard, path) if data is None else data
+        data = None if path is None else _maps.get(path)
+        return self._open(shard, path or self.path(shard)) if data is None else data
 
     def key_rows(self, shard: str) -> tuple[np.ndarray, np.ndarray]:
         """Keys as bytes, in order, and the row of each in the MDS shard; raises as `map`."""
@@ -127,7 +124,7 @@ class ShardFiles:
             with contextlib.suppress(BrokenShard, StorageError, OSError):
                 path = Path(self.path(shard))
                 if not path.exists():
-                    self._fetch(shard, stored(self.entry(shard))["basename"], path)
+                    self._fetch(shard, stored(self.entry(shard))["basename"], path, attempts=1)
 
     @property
     def _store(self) -> Store:
@@ -157,6 +154,7 @@ class ShardFiles:
                 Path(path).unlink(missing_ok=True)  # cut off, or overwritten: fetched anew
             else:
                 _maps.add(path, data)
+                self._paths[shard] = path
                 return data
         raise AssertionError
 
@@ -172,9 +170,8 @@ class ShardFiles:
             raise broken(self._store, where, "is missing") from None
         except OSError as error:
             raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
-        if path not in self._checked:
+        if shard not in self._paths:
             self._check(shard, where, data)
-            self._checked.add(path)
         return data
 
     def _check(self, shard: str, where: str, data: memoryview) -> None:
@@ -194,7 +191,7 @@ class ShardFiles:
         facts = self._commits.facts(shard, name)
         return facts["sha256"] if facts else fingerprint([self.root, self._rows[shard]])
 
-    def _fetch(self, shard: str, name: str, target: Path) -> None:
+    def _fetch(self, shard: str, name: str, target: Path, attempts: int = ATTEMPTS) -> None:
         """Puts a file into the cache, unpacked."""
         entry, where = self.entry(shard), f"{self.group}/{name}"
         facts = self._commits.facts(shard, name)
@@ -220,13 +217,13 @@ class ShardFiles:
         size = entry["raw_data"]["bytes"]
         if name != stored(entry)["basename"]:
             size = facts["bytes"] if facts else 0
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in range(1, attempts + 1):
             try:
                 with Store(self.cache.folder).explained("", "write"):
                     self.cache.fill(target, size, unpack_to if packed else download_to)
                 return
             except (BrokenShard, StorageError):
-                if attempt == ATTEMPTS:
+                if attempt == attempts or self._store.local:
                     raise
                 time.sleep(WAIT_S * attempt)
 

@@ -56,6 +56,8 @@ class Passport(BaseModel):
     text_manifests: dict[str, TextManifest]
     attribution: list[str]
     config: dict[str, Any]  # the run's resolved settings
+    #: Source -> reason -> pictures that the stage did not see, or "damaged shards" -> shards.
+    left_out: dict[str, dict[str, int]] = {}
 
     def network(self) -> DiTConfig:
         return DiTConfig(**self.model)

@@ -66,6 +66,6 @@ def _column(table: pa.Table, name: str, kind: Callable[[pa.DataType], bool]) -> 
     if name not in table.column_names:
         raise ValueError(f"no column {name!r}; there are {', '.join(table.column_names)}")
     column = table[name]
-    if not kind(column.type) or column.null_count:
+    if len(column) and (not kind(column.type) or column.null_count):
         raise ValueError(f"column {name!r} is {column.type} with {column.null_count} gaps")
     return column

@@ -17,7 +17,7 @@ from pipeline.core.groups import publish
 from pipeline.core.manifest import LatentsManifest, TextFacts, TextManifest, VaeFacts
 from pipeline.core.mds import encode_shard, stored
 from pipeline.core.published import read_index
-from pipeline.core.samples import InputShard
+from pipeline.core.samples import InputShard, Reject
 from pipeline.core.store import Store, fingerprint
 from pipeline.core.tables import to_parquet
 from pipeline.core.tokens import quantise
@@ -64,7 +64,7 @@ def make_encoders(folder: Path, width: int = 16, length: int = 12) -> Encoders:
 
 
 def make_source(
-    root: Path,
+    root: Path | str,
     encoders: Encoders,
     name: str = "toy",
     resolution: int = 64,
@@ -73,6 +73,7 @@ def make_source(
     samples: int = 20,
     splits: tuple[str, ...] = SPLITS,
     without_caption: tuple[str, ...] = (),
+    refused: tuple[str, ...] = (),
     seed: int = 0,
     compression: str | None = None,
     latents: str = "mean",
@@ -104,20 +105,23 @@ def make_source(
         rows = [{"key": key, "latent": latent} for key, latent in zip(keys, pictures, strict=True)]
         own = pa.table({"key": keys, "row": pa.array(range(samples), pa.int32())})
         parquet = {".parquet": to_parquet(own)}
-        _write(store, latents_group, shard, latent_columns, rows, keys, parquet, compression)
+        _write(store, latents_group, shard, latent_columns, rows, keys, [], parquet, compression)
         tokens = [_tokens(c, encoder, text, rng) for c in range(7)]
         rows = [
             {"caption": f"caption {c} of {shard.id}", **_stored(tokens[c], text_dtype)}
             for c in range(7)
         ]
-        with_caption = [key for key in keys if key not in without_caption]
+        with_caption = [key for key in keys if key not in {*without_caption, *refused}]
+        rejects = [Reject(k, "encode", "no-caption", "none") for k in keys if k in refused]
         numbers = [int(key[5:]) % 7 for key in with_caption]
         join = pa.table({"key": with_caption, "row": pa.array(numbers, pa.int32())})
         columns = {"caption": "str", "tokens": f"ndarray:{text_dtype}"}
         if text_dtype == "int8":
             columns["scales"] = "ndarray:float16"
         parquet = {".parquet": to_parquet(join)}
-        _write(store, text_group, shard, columns, rows, with_caption, parquet, compression)
+        rows = rows if with_caption else []
+        found = with_caption, rejects
+        _write(store, text_group, shard, columns, rows, *found, parquet, compression)
     common: dict[str, Any] = {"source": name, "dtype": "float16"}
     publish(
         store,
@@ -204,13 +208,15 @@ def _write(
     columns: dict[str, str],
     rows: list[dict[str, Any]],
     keys: list[str],
+    rejects: list[Reject],
     companions: dict[str, bytes],
     compression: str | None,
 ) -> None:
     inputs = {"group": group, "shard": shard.id}
     stem = f"{shard.id}-{fingerprint(inputs)}"
-    data, entry = encode_shard(columns, rows, f"{stem}.mds", compression=compression)
-    files = {stored(entry)["basename"]: data} | {
-        stem + end: value for end, value in companions.items()
-    }
-    write_shard(store, group, shard, inputs, files, keys, [], entry)
+    files = {stem + end: value for end, value in companions.items()}
+    entry = None
+    if rows:
+        data, entry = encode_shard(columns, rows, f"{stem}.mds", compression=compression)
+        files[stored(entry)["basename"]] = data
+    write_shard(store, group, shard, inputs, files, keys, rejects, entry, max_reject_rate=1.0)
