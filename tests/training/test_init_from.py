@@ -18,10 +18,11 @@ from pipeline.core.errors import SettingError
 from tests.training.groups import Encoders, changed, make_encoders, make_source, settings
 from tests.training.test_official import Evil
 from training import assemble, folder, weights
-from training.config import resolve
+from training.config import load, resolve
 from training.dit_config import MODELS
+from training.objectives.edm import EDM
 from training.objectives.flow import Flow
-from training.preflight import Plan, check
+from training.preflight import Plan, check, network_config
 from training.train import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
@@ -235,3 +236,46 @@ def test_what_is_said_and_differs_is_found_before_data(
     raw["init_from"] = str(trained)
     with pytest.raises(SettingError, match=re.escape(message)):
         check(resolve(changed(raw, key, value)))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("tune", ["1b.yaml", "data.text=full", "stage=512-full"]),  # what was released
+        ("tune-demo", ["demo.yaml", "stage=full"]),
+    ],
+)
+def test_shipped_settings_say_nothing_that_the_weights_say(
+    tmp_path: Path, name: str, arguments: list[str]
+) -> None:
+    yamls = Path(__file__).parents[2] / "yamls"
+    file, *changes = arguments
+    own = check(load([str(yamls / file), *changes, "data.root=/nowhere"]), need_data=False)
+    stage = own.config.stages[own.config.stage]
+    network = network_config(own, stage)
+    passport = weights.Passport(
+        run="x",
+        stage=own.config.stage,
+        step=stage.steps,
+        weights="live",
+        ema=None,
+        model=asdict(network),
+        objective={"name": "edm", **asdict(EDM())},
+        resolution=stage.resolution,
+        vae=own.vae,
+        text_encoder=own.text,
+        text=own.config.data.text,
+        captions="alt",
+        latents_manifests={},
+        text_manifests={},
+        attribution=[],
+        config={},
+    )
+    weights.write(tmp_path / "start", {"x": torch.ones(1)}, passport)
+    start = [f"init_from={tmp_path / 'start'}", "data.root=/nowhere"]
+    plan = check(load([str(yamls / f"{name}.yaml"), *start]), need_data=False)
+    assert plan.config.name == name
+    assert (plan.config.data.vae, plan.config.data.text) == (own.vae.name, own.config.data.text)
+    first = next(iter(plan.config.stages.values()))
+    assert network_config(plan, first) == network
+    assert network.pos_interp_scale == (2.0 if name == "tune" else 1.0)
