@@ -173,7 +173,7 @@ def _live(finished: StageFolder) -> Path | None:
     """The file of a stage's live weights; None where somebody wanted the room of it."""
     if finished.live.exists():
         return finished.live
-    return finished.model if header.read_record(finished.model)["weights"] == "live" else None
+    return finished.model if header.read_passport(finished.model).weights == "live" else None
 
 
 def _roll_back(plan: Plan, name: str, path: StageFolder, back: RollBack) -> None:

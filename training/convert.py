@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.core.errors import SettingError
+from training.options import require_folder
 
 FORMATS = ("safetensors", "official", "diffusers")
 
@@ -60,6 +61,7 @@ def export(options: argparse.Namespace) -> str:
     suffix = {"safetensors": ".safetensors", "official": ".pt"}[options.to]
     if out.is_dir() or out.suffix != suffix:
         raise SettingError(f"--out {out}: give a file that ends in {suffix}")
+    require_folder("--out", out.parent)
     tensors, passport = weights.read(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     if options.to == "safetensors":

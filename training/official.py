@@ -49,12 +49,14 @@ def read(path: Path) -> Official:
     whole = _load(path)
     if isinstance(whole, dict) and isinstance(whole.get("state"), dict):
         whole = whole["state"].get("model")
-    named = isinstance(whole, dict) and all(isinstance(name, str) for name in whole)
-    if not named or not all(isinstance(v, Tensor) for v in whole.values()):
+    keyed = isinstance(whole, dict) and all(isinstance(name, str) for name in whole)
+    if not keyed or not all(isinstance(v, Tensor) for v in whole.values()):
         raise SettingError(
             f"{path}: no state dict, nor a Composer checkpoint with one under state.model"
         )
     named = {_plain(name): value for name, value in whole.items()}
+    if len(named) < len(whole):
+        raise SettingError(f"{path}: has a tensor twice, with and without {' or '.join(_WRAPPERS)}")
     if any(name.startswith(PREFIX) for name in named):
         own = {n.removeprefix(PREFIX): v for n, v in named.items() if n.startswith(PREFIX)}
     else:

@@ -100,6 +100,7 @@ STRUCTURES: dict[str, tuple[dict[Any, Any], str]] = {
         "64 of 64 values of blocks.0.norm1.weight are NaN or infinite",
     ),
     "integer keys": ({1: torch.ones(2)}, "no state dict"),
+    "a name twice": ({"module.blocks.0.norm1.weight": torch.ones(64)}, "has a tensor twice"),
     "a bare name": ({"blocks": torch.ones(2)}, "blocks is (2,), expected missing"),
     "no tensor": ({"blocks.0.norm1.weight": [1.0]}, "no state dict"),
     "captions of one axis": (

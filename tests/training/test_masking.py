@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_kept_count_is_exact(name: str, side: int, hundredths: int, seed: int) -
 
 
 @pytest.mark.parametrize("b", [2, 4, 8])
-def test_cells_are_kept_or_dropped_whole(b: int) -> None:
+def test_cells_are_kept_or_dropped_whole(b: Literal[2, 4, 8]) -> None:
     numbers = noise(6, 256)
     mask = Block(mask_block=b).draw(numbers, 0.75)
     assert mask is not None

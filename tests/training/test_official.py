@@ -247,6 +247,10 @@ def test_exports_name_their_ending(tmp_path: Path, capsys: pytest.CaptureFixture
         capsys, "export", str(tmp_path / "in"), "--to", "official", "--out", str(tmp_path)
     )
     assert "give a file that ends in .pt" in answer
+    target = tmp_path / "in.pt/under.pt"
+    assert "in.pt is a file; name a folder" in refused(
+        capsys, "export", str(tmp_path / "in"), "--to", "official", "--out", str(target)
+    )
     assert "no file" in refused(
         capsys, "export", str(tmp_path / "none"), "--to", "official", "--out", "x.pt"
     )
