@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.core.errors import SettingError, nearest
+from training import initial
 from training.masking.ratio import RatioSchedule
 from training.settings import Config
 from training.stage_settings import NOISE, Section, Stage
@@ -38,12 +39,13 @@ def load(arguments: Sequence[str]) -> Config:
 
 def resolve(raw: dict[str, Any]) -> Config:
     """A nested mapping as a YAML file holds it -> the config, each stage completed by `defaults`,
-    then by what the objective and `fidelity` imply.
+    then by what the objective and `fidelity` imply; and by what `init_from`'s weights say of
+    themselves.
 
     Raises:
         SettingError: a key that is unknown or missing, or a value of a wrong type; a line each.
     """
-    raw = dict(raw)
+    raw = dict(initial.completed(raw))
     defaults = _mapping(raw.pop("defaults", None), "defaults")
     stages = _mapping(raw.get("stages"), "stages")
     if not stages:
