@@ -7,6 +7,7 @@ attended. Writes one PNG a prompt and sheet.png with all of them.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import SettingError
+from pipeline.core.location import located
+from pipeline.core.streams import survive_readers
+from training import ranks
 from training.threads import share_cores
 
 if TYPE_CHECKING:
@@ -134,6 +138,8 @@ class Painter:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, or 2 after a line on standard error that says what to change."""
+    survive_readers()
+    ranks.alone()
     options = _parser().parse_args(arguments)
     share_cores()
     try:
@@ -174,7 +180,7 @@ def read_prompts(arguments: Sequence[str]) -> list[str]:
     """
     prompts: list[str] = []
     for argument in arguments:
-        path = Path(argument)
+        path = Path(os.path.expanduser(argument))
         try:
             lines = path.read_text("utf-8").splitlines() if _is_file(path) else [argument]
         except (OSError, UnicodeDecodeError) as error:
@@ -221,9 +227,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m training.generate", description="Pictures from prompts."
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a run's folder, or a .safetensors file of one")
+    add(
+        "--checkpoint",
+        required=True,
+        type=located,
+        help="a run's folder, or a .safetensors file of one",
+    )
     add("--prompts", required=True, nargs="+", help="texts, or files with one a line")
-    add("--out", required=True, help="folder for the pictures and sheet.png")
+    add("--out", required=True, type=located, help="folder for the pictures and sheet.png")
     add("--guidance", type=float, default=5.0, help="1: none; the paper's default is 5")
     add("--steps", type=int, default=30, help="of the solver (Heun: 2 N - 1 network evaluations)")
     add("--solver", choices=["heun", "euler"], default="heun", help="euler: N evaluations, coarser")
