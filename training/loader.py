@@ -27,9 +27,8 @@ from training.leftovers import named_after, of_first_rank
 from training.preflight import Plan, world_size
 from training.randomness import Rows, keyed_seed, sample_uniform, stage_key
 from training.shards import SplitStream
+from training.shared_memory import PREFETCH
 from training.text import TextGroup
-
-PREFETCH = 4  # batches that each loader process makes ahead
 
 
 class Sample(TypedDict):
