@@ -63,10 +63,11 @@ def fetch(
     from captioning.vlm import MODELS
     from pipeline.encoders import TEXT_ENCODERS, VAES, locate_text, locate_vae
     from pipeline.encoders.hub import fetch as fetch_repo
-    from pipeline.encoders.hub import is_hub_id
+    from pipeline.encoders.hub import hub_errors, is_hub_id
 
     if name in MODELS:
-        print(f"{name}: {hub.fetch(MODELS[name])}")
+        with hub_errors(name, MODELS[name]):
+            print(f"{name}: {hub.fetch(MODELS[name])}")
         return
     if name in VAES or (name not in TEXT_ENCODERS and is_hub_id(name)):
         repo, subfolder = locate_vae(name)
@@ -80,7 +81,8 @@ def fetch(
     if Path(repo).is_dir():
         print(f"{name} ships with the package: {repo}")
         return
-    print(f"{name}: {fetch_repo(repo, subfolder)}")
+    with hub_errors(name, repo):
+        print(f"{name}: {fetch_repo(repo, subfolder)}")
 
 
 @app.command()

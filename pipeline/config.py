@@ -13,6 +13,7 @@ from pipeline.core import layout
 from pipeline.core.commits import MAX_REJECT_RATE
 from pipeline.core.errors import SettingError, nearest
 from pipeline.core.location import Location, located
+from pipeline.core.nulls import instead_of_null
 from pipeline.core.rules import Rules
 from pipeline.core.text_files import read_yaml_text
 from pipeline.sources import SOURCES
@@ -201,6 +202,8 @@ def one_line(error: ValidationError, model: type[BaseModel], prefix: str = "") -
         )
     if first["type"] == "missing":
         return f"{prefix}{name} is required"
+    if first.get("input") is None:
+        return f"{prefix}{name}=null: {instead_of_null(model, keys)}"
     # What is wrong may be that the value holds a password.
     value = harmless(repr(first.get("input")))
     return f"{prefix}{name}={value}: {first['msg'].removeprefix('Value error, ')}"

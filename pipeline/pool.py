@@ -102,12 +102,10 @@ class Pool:
                 self._grow()
                 while self._idle and (again or waiting):
                     if again:
-                        job, attempt = again.popleft()
-                    else:
-                        assert waiting is not None
-                        job, attempt = waiting, 1
+                        self._submit(*again.popleft())
+                    elif waiting:
+                        self._submit(waiting, 1)
                         waiting = next(jobs, None)
-                    self._submit(job, attempt)
             references = [*self._running, *self._opening]
             ready, _ = self.ray.wait(references, num_returns=1, timeout=0.5)
             for reference in ready:

@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from pipeline.core.errors import SettingError, nearest
 from pipeline.core.location import located
+from pipeline.core.nulls import instead_of_null
 from pipeline.core.text_files import read_yaml_text
 from training.masking.ratio import RatioSchedule
 from training.settings import Config
@@ -156,12 +157,22 @@ def _line(error: ErrorDetails, prefix: list[str]) -> str:
         return f"{key}: missing; give it a value{where}"
     if error["type"] == "value_error":
         return f"{key}: {error['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+    if error["input"] is None:
+        return f"{key}=null: {_instead_of_null(path)}"
     shown = repr(error["input"])
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     message = f"{key}={shown}: {error['msg'][0].lower()}{error['msg'][1:]}"
     if error["type"] == "literal_error":
         message += nearest(str(error["input"]), re.findall("'(.*?)'", error["msg"]))
     return message
+
+
+def _instead_of_null(path: list[str]) -> str:
+    if path[0] == "defaults":
+        return instead_of_null(Stage, path[1:])
+    if path[0] == "stages":
+        return instead_of_null(Stage, path[2:])
+    return instead_of_null(Config, path)
 
 
 def _suggest(path: list[str]) -> str:

@@ -12,7 +12,7 @@ import os
 import signal
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -155,8 +155,7 @@ def make_loader(
 ) -> StreamingDataLoader:
     """Batches of `collate`, all full: what is left over at the end of an epoch is left out."""
     latents, tokens = dataset.shapes
-    size = dataset.batch_size
-    assert size is not None
+    size = cast(int, dataset.batch_size)
     # Those that a process makes ahead, and one that the trainer is at.
     buffers = functools.partial(Pool, workers, PREFETCH + 1)
     ending = torch.zeros(1, dtype=torch.uint8).share_memory_()

@@ -29,6 +29,7 @@ from training.stage_settings import (
     Stage,
 )
 
+Seed = Annotated[int, Field(ge=0, description="needs a number, any one")]
 Pair = Annotated[tuple[Positive, Positive], Field(strict=False)]  # YAML has lists, no tuples
 
 # The same for every source, or of some by name. The tags keep messages to one line with their key.
@@ -56,7 +57,8 @@ class Data(Section):
     text_dtype: Literal["float16", "int8"] = "float16"  # of the stored token vectors
     split: str = "train"
     caption_drop: Share = 0.1  # how often a caption is dropped, for classifier-free guidance
-    workers: Annotated[int, Field(ge=0)] = 2  # loader processes a rank; 0 reads in the trainer
+    #: Loader processes a rank.
+    workers: Annotated[int, Field(ge=0, description="0 reads in the trainer")] = 2
     cache: Location = ""  # folder for shards of a remote root; default <folder>/cache
 
     def captions_of(self, source: str) -> str:
@@ -158,7 +160,7 @@ class Samples(Section):
     count: Count = 8  # of held-out captions
     guidance: Positive = 5.0
     steps: Count = 30  # Heun steps
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 class Guard(Section):
@@ -183,7 +185,7 @@ class Estimate(Section):
 class Config(Section):
     name: Annotated[str, Field(pattern=STAGE_NAME)]
     folder: Location = ""  # default runs/<name>
-    seed: Annotated[int, Field(ge=0)] = 18
+    seed: Seed = 18
     init_from: Location = ""  # run folder or weights file to start from; default: random weights
     # auto: bf16 through autocast on CUDA, fp32 on CPU. fp64 is for comparisons, not for training.
     precision: Literal["auto", "fp64", "fp32", "amp_bf16"] = "auto"

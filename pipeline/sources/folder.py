@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -107,8 +107,7 @@ class Folder(BaseModel):
                 if isinstance(text, str) and isinstance(data, bytes):
                     yield RawImage(ImageRef(file.key, file.row.name, text), data)
                 else:
-                    problem = text if isinstance(text, BadPicture) else data
-                    assert isinstance(problem, BadPicture)
+                    problem = cast(BadPicture, text if isinstance(text, BadPicture) else data)
                     yield Reject(file.key, "download", problem.reason, str(problem))
 
     def decisive(self) -> dict[str, Any]:

@@ -112,7 +112,8 @@ class Urls(HttpSettings):
         )
 
     def _place(self) -> tuple[Store, str]:
-        assert self._kept is not None, "attach() comes first"
+        if self._kept is None:
+            raise RuntimeError("attach() comes first")
         return Store(self._kept[0]), self._kept[1]
 
     def _fault(self, key: str, row: Row) -> Reject | None:

@@ -244,7 +244,8 @@ class Transfer:
         Raises:
             Interrupted: it is too short. Changed: it is not what upstream said.
         """
-        assert self.facts is not None  # begin() was called
+        if self.facts is None:
+            raise Interrupted("nothing came")
         have, expected = self._have(), self.facts.size
         if expected is not None and have < expected:
             raise Interrupted(f"{have} of {expected} bytes came")
