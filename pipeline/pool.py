@@ -8,6 +8,7 @@ worker that dies costs its shard a retry.
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import Any
 
 from pipeline.core.commits import Commit, read_commit
 from pipeline.core.errors import SettingError, StorageError, TooManyRejects
-from pipeline.core.limits import raise_open_files, usable_cpus
+from pipeline.core.limits import raise_open_files, require_shared_memory, usable_cpus
 from pipeline.core.store import Store, fingerprint
 from pipeline.core.temporary import socket_folder
 from pipeline.plan import Choice
@@ -316,13 +317,24 @@ def start(options: Options, announce: Callable[[str], None]) -> Any:
         return ray
     # "local": a leftover session file would otherwise make Ray join a cluster that is gone.
     cpus = max(options.workers or 0, usable_cpus())
-    context = ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=options.dashboard,
-        _temp_dir=_session_folder(),
-        **quiet,
-    )
+    folder = _session_folder()
+    require_shared_memory()
+    if not _has_token() and not os.access(os.path.expanduser("~"), os.W_OK):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would write one into the home
+    try:
+        context = ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=options.dashboard,
+            _temp_dir=folder,
+            **quiet,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SettingError(
+            f"Ray cannot start on this machine: {first}; its logs under "
+            f"{folder}/session_latest/logs may say more"
+        ) from error
     if options.dashboard:
         announce(f"Ray's dashboard: http://{context.dashboard_url}")
     return ray

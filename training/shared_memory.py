@@ -5,14 +5,13 @@ nobody can catch. No torch here."""
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from pipeline.core.errors import SettingError
+from pipeline.core.limits import SHM, require_shared_memory
 from pipeline.core.store import size
 from training.preflight import Plan, world_size
 
 PREFETCH = 4  # batches that each loader process makes ahead
-SHM = Path("/dev/shm")
 _OWN = 1 << 20  # bytes: locks, counters and states of StreamingDataset
 
 
@@ -21,13 +20,9 @@ def require(plan: Plan) -> None:
     Raises:
         SettingError: it is missing, or has no room for the largest stage of what is left to do.
     """
-    if os.name != "posix" or not Path("/proc").is_dir():  # not Linux
+    require_shared_memory()
+    if not SHM.is_dir():  # not Linux
         return
-    if not SHM.is_dir():
-        raise SettingError(
-            f"{SHM}: there is none, and loaders keep their state there; mount one "
-            f"(`mount -t tmpfs tmpfs {SHM}`; a container has one by itself)"
-        )
     facts = os.statvfs(SHM)
     free = facts.f_bavail * facts.f_frsize
     need, name = max((needed(plan, name), name) for name in plan.data)

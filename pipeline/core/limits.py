@@ -1,4 +1,4 @@
-"""What this process may use of the machine: CPUs and open files, whatever the machine has."""
+"""What this process may use of the machine: CPUs, open files, shared memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.core.errors import SettingError
+
+SHM = Path("/dev/shm")
 OPEN_FILES = 65_536  # at once, where the limit allows it; usual is 1,024
 
 
@@ -57,6 +60,19 @@ def _version_1(folder: Path) -> list[float]:
 def _version_2(folder: Path) -> list[float]:
     quota, period = (folder / "cpu.max").read_text().split()
     return [] if quota == "max" else [int(quota) / int(period)]
+
+
+def require_shared_memory() -> None:
+    """Ray's objects and the trainer's batches lie there.
+
+    Raises:
+        SettingError: /dev/shm is missing.
+    """
+    if Path("/proc").is_dir() and not SHM.is_dir():  # else not Linux
+        raise SettingError(
+            f"{SHM} is missing, which processes share memory through; mount it (`mount -t tmpfs "
+            f"tmpfs {SHM}`; in a container: docker run --shm-size=1g)"
+        )
 
 
 def raise_open_files() -> None:
