@@ -17,7 +17,17 @@ from composer import Callback, DataSpec, Trainer
 from composer.utils import dist, get_device
 
 from pipeline.core.errors import SettingError, StorageError
-from training import curve, folder, header, initial, journal, observers, parallel, weights
+from training import (
+    curve,
+    folder,
+    header,
+    initial,
+    journal,
+    loader_deaths,
+    observers,
+    parallel,
+    weights,
+)
 from training.checkpoints import CheckpointState, allow_only_data, read
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
@@ -165,6 +175,10 @@ def _attempt(
             f"stage {name}, in {path.path}: {error}; its last checkpoint is there, and the same "
             "command goes on from it"
         ) from error
+    except RuntimeError as error:
+        if not (why := loader_deaths.explained(error)):
+            raise
+        raise StorageError(f"stage {name}: {why}; then the same command goes on") from error
     finally:
         trainer.close()
 

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.core.errors import SettingError
+from pipeline.core.location import located
+from pipeline.core.streams import survive_readers
+from training import ranks
 from training.options import require_folder
 
 FORMATS = ("safetensors", "official", "diffusers")
@@ -20,6 +23,8 @@ FORMATS = ("safetensors", "official", "diffusers")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 where the disk fails, or 2 after a line that says what to change."""
+    survive_readers()
+    ranks.alone()
     options = _parser().parse_args(arguments)
     try:
         if options.command == "import":
@@ -77,15 +82,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("import", help="a checkpoint of the official code").add_argument
-    add("file", help=".pt or .safetensors; tensors are read, no code of the file is run")
-    add("--out", default="", help="folder for model.safetensors; default: FILE without its ending")
-    add("--arch", default="", help="a network's name, or a YAML with model:; default: by shapes")
-    add("--vae", default="", help="default: sdxl for 4 channels, ostris16 for 16")
-    add("--text-encoder", default="dfn5b-h14")
+    add(
+        "file",
+        type=located,
+        help=".pt or .safetensors; tensors are read, no code of the file is run",
+    )
+    add(
+        "--out",
+        default="",
+        type=located,
+        help="folder for model.safetensors; default: FILE without its ending",
+    )
+    add(
+        "--arch",
+        default="",
+        type=located,
+        help="a network's name, or a YAML with model:; default: by shapes",
+    )
+    add("--vae", default="", type=located, help="default: sdxl for 4 channels, ostris16 for 16")
+    add("--text-encoder", default="dfn5b-h14", type=located)
     add = commands.add_parser("export", help="weights of a run or file").add_argument
-    add("checkpoint", help="a run's folder, or a .safetensors file of one")
+    add("checkpoint", type=located, help="a run's folder, or a .safetensors file of one")
     add("--to", required=True, choices=FORMATS)
-    add("--out", required=True, help="file, or for diffusers folder, to write")
+    add("--out", required=True, type=located, help="file, or for diffusers folder, to write")
     return parser
 
 

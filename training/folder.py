@@ -20,11 +20,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.disk import second_name
 from pipeline.core.errors import SettingError
 from pipeline.core.store import Store, fingerprint
 from training import header, initial
@@ -246,10 +246,7 @@ def link(target: Path, name: Path) -> None:
     """The same file under a second name, replaced atomically; a copy where links do not work."""
     part = name.with_name(f".{name.name}.part")
     part.unlink(missing_ok=True)
-    try:
-        os.link(target, part)
-    except OSError:
-        shutil.copyfile(target, part)
+    second_name(target, part)
     os.replace(part, name)
 
 

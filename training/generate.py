@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import SettingError
-from training import header
+from pipeline.core.location import located
+from pipeline.core.streams import survive_readers
+from training import header, ranks
 from training.options import check, device_of, read_prompts
 from training.threads import share_cores
 
@@ -150,6 +152,8 @@ class Painter:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0; 2 after a line on standard error that says what to change; 1 where the disk
     fails."""
+    survive_readers()
+    ranks.alone()
     options = _parser().parse_args(arguments)
     share_cores()
     try:
@@ -217,9 +221,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m training.generate", description="Pictures from prompts."
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a run's folder, or a .safetensors file of one")
+    add(
+        "--checkpoint",
+        required=True,
+        type=located,
+        help="a run's folder, or a .safetensors file of one",
+    )
     add("--prompts", required=True, nargs="+", help="texts, or files with one a line")
-    add("--out", required=True, help="folder for the pictures and sheet.png")
+    add("--out", required=True, type=located, help="folder for the pictures and sheet.png")
     add("--guidance", type=float, default=5.0, help="1: none; the paper's default is 5")
     add("--steps", type=int, default=30, help="of the solver (Heun: 2 N - 1 network evaluations)")
     add("--solver", choices=["heun", "euler"], default="heun", help="euler: N evaluations, coarser")

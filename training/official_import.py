@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from pipeline.core.errors import SettingError, nearest
 from pipeline.core.manifest import TextFacts, VaeFacts
+from pipeline.core.text_files import read_yaml_text
 from pipeline.encoders import text_facts, vae_facts
 from training import official, weights
 from training.dit import MicroDiT
@@ -75,7 +76,7 @@ def architecture(arch: str) -> DiTConfig:
             "file with a section model:"
         )
     try:
-        section = Model.model_validate(yaml.safe_load(Path(arch).read_text())["model"])
+        section = Model.model_validate(yaml.safe_load(read_yaml_text(Path(arch)))["model"])
         return dataclasses.replace(MODELS.get(section.arch, DiTConfig()), **section.sizes())
     except (ValidationError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         text = " ".join(str(error).split())[:200]

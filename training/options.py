@@ -94,7 +94,7 @@ def read_prompts(arguments: Sequence[str]) -> list[str]:
 
 def _lines(argument: str) -> list[str] | None:
     """Of the file of that name; None where there is none."""
-    path = Path(argument)
+    path = Path(os.path.expanduser(argument))
     try:
         if not path.exists() or (path.is_dir() and "/" not in argument):
             return None

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import BrokenShard, SettingError, StorageError
+from pipeline.core.location import located
+from pipeline.core.streams import survive_readers
 from pipeline.encoders import text_facts
-from training import header
+from training import header, ranks
 from training.options import check, device_of
 from training.threads import share_cores
 
@@ -51,6 +53,8 @@ class Example:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0; 2 after a line on standard error that says what to change; 1 after one that
     says what could not be read."""
+    survive_readers()
+    ranks.alone()
     options = _parser().parse_args(arguments)
     share_cores()
     out = Path(options.out)
@@ -308,10 +312,25 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m training.scores", description="Does the model read its prompts?"
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a run's folder, or a .safetensors file of one")
-    add("--out", required=True, help="folder for scores.json and a sheet a split")
-    add("--root", default="", help="data root; default: the one the model was trained from")
-    add("--judge", default="tiny-clip-judge", help="a CLIP: a table name, a folder or a hub id")
+    add(
+        "--checkpoint",
+        required=True,
+        type=located,
+        help="a run's folder, or a .safetensors file of one",
+    )
+    add("--out", required=True, type=located, help="folder for scores.json and a sheet a split")
+    add(
+        "--root",
+        default="",
+        type=located,
+        help="data root; default: the one the model was trained from",
+    )
+    add(
+        "--judge",
+        default="tiny-clip-judge",
+        type=located,
+        help="a CLIP: a table name, a folder or a hub id",
+    )
     add("--count", type=int, default=128, help="pictures a split")
     add("--guidance", type=float, default=2.5)
     add("--steps", type=int, default=16, help="Heun steps")
