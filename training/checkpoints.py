@@ -165,6 +165,8 @@ def read(path: Path) -> CheckpointState:
         averages = state["callbacks"]["EMA"]["averages"]
         _ = state["timestamp"], state["dataset_state"]  # Composer would do without
         run, stage = state["run_name"], path.parent.name
+        if not all(isinstance(value, Tensor) for value in state["model"].values()):
+            raise TypeError("its weights are no tensors")
         if not run.endswith(f"-{stage}"):
             raise SettingError(
                 f"{path}: is of run {run}, not of stage {stage}; put the stage's own there, or "
@@ -190,5 +192,6 @@ def read(path: Path) -> CheckpointState:
             f"{path}: the last checkpoint of a finished stage is missing, so the next stage cannot "
             "begin; remove the finished stage's folder to run it again"
         ) from error
-    except (KeyError, TypeError) as error:
-        raise SettingError(f"{path}: no checkpoint of this trainer ({error})") from error
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        text = " ".join(str(error).split())[:120]
+        raise SettingError(f"{path}: no checkpoint of this trainer ({text})") from error

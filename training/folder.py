@@ -12,22 +12,22 @@
     <stage>/live.safetensors        the weights themselves, where an average was kept
     model.safetensors               of the last finished stage
 
-A stage is finished when its model.safetensors is there: it is written last.
+A stage is finished when its model.safetensors is there, whole: it is written last.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import SettingError
 from pipeline.core.store import Store, fingerprint
-from training import header, initial
+from training import header, initial, intact
 from training.preflight import Plan
 
 MODEL = "model.safetensors"
@@ -70,14 +70,33 @@ class StageFolder:
 
     def begun(self) -> str | None:
         """Fingerprint of what the stage was begun with; None where that is not recorded."""
+        record = self.begun_with()
+        return None if record is None else fingerprint(record)
+
+    def begun_with(self) -> dict[str, Any] | None:
+        """What the stage was begun with; None where that is not recorded.
+
+        Raises:
+            SettingError: the record is damaged.
+        """
         if not self.settings.exists():
             return None
-        return fingerprint(json.loads(self.settings.read_text()))
+        return settings_record(self.settings.read_bytes(), self.settings)
 
     def rollbacks(self) -> list[dict[str, Any]]:
-        """The stage's roll-backs, oldest first; see `add_rollback`."""
+        """The stage's roll-backs, oldest first; see `add_rollback`.
+
+        Raises:
+            SettingError: the record is damaged.
+        """
         path = self.path / ROLLBACKS
-        return json.loads(path.read_text()) if path.exists() else []
+        if not path.exists():
+            return []
+        remedy = "remove it: the stage's checkpoint knows how many roll-backs led to it"
+        found = intact.record(path.read_bytes(), path, list, remedy)
+        if not all(isinstance(r, dict) and isinstance(r.get("to"), int) for r in found):
+            raise SettingError(f"{path}: damaged, not a list of roll-backs; {remedy}")
+        return found
 
     def add_rollback(self, step: int, to: int, reason: str) -> None:
         """Records that after `step` the stage goes back to its checkpoint of step `to`.
@@ -88,7 +107,7 @@ class StageFolder:
         Store(self.path).write_json(ROLLBACKS, [*self.rollbacks(), record])
 
     def finished(self) -> bool:
-        return self.model.exists()
+        return self.model.exists() and not intact.weights_fault(self.model)
 
     def checkpoint(self, step: int) -> Path:
         return self.path / f"step-{step:08d}.pt"
@@ -105,7 +124,7 @@ class StageFolder:
         return [path.name.removeprefix(".") for path in parts if path.match(".step-*.part.pt")]
 
     def checkpoints(self) -> list[Path]:
-        """Whole checkpoints, oldest first."""
+        """The checkpoints, oldest first; each was whole when it got its name."""
         return sorted(self.path.glob("step-*.pt"))
 
 
@@ -136,6 +155,65 @@ def link_last(plan: Plan) -> None:
         link(finished[-1].model, own)
 
 
+def settings_record(data: bytes, where: object) -> dict[str, Any]:
+    """What is in a stage's settings.json.
+
+    Raises:
+        SettingError: it is damaged.
+    """
+    remedy = "put it back, or remove it: checkpoints that were begun with these settings go on"
+    return intact.record(data, where, dict, remedy)
+
+
+def check_whole(plan: Plan, say: Callable[[str], None]) -> None:
+    """Looks whether the files that the run goes on from are whole. With `checkpoint.skip_damaged` a
+    damaged checkpoint is set aside, and the one before it takes its place.
+
+    Args:
+        say: shows a line to the user.
+
+    Raises:
+        SettingError: one is damaged; names it and what the run could go on from.
+    """
+    for name in unfinished(plan):
+        folder, before = stage_folder(plan, name), stage_before(plan, name)
+        damaged = intact.weights_fault(folder.model) if folder.model.exists() else ""
+        while folder.checkpoints() and (fault := intact.checkpoint_fault(folder.checkpoints()[-1])):
+            _set_aside(plan, folder.checkpoints(), fault, say)
+        if damaged and not folder.checkpoints():
+            raise SettingError(
+                f"{folder.model}: {damaged}, and no checkpoint of the stage is there to write it "
+                f"from; put it back, or remove {folder.path} to train the stage anew"
+            )
+        if damaged:
+            say(f"{folder.model}: {damaged}; written again from {folder.checkpoints()[-1]}")
+        if before is not None and before.finished() and not folder.checkpoints():
+            steps = plan.config.stages[before.path.name].steps
+            last = before.checkpoint(steps)
+            fault = intact.checkpoint_fault(last) if last.exists() else ""
+            if fault:
+                raise SettingError(
+                    f"{last}: {fault}, and stage {name} begins with it; put it back, or remove "
+                    f"{before.path} to train that stage again"
+                )
+
+
+def _set_aside(
+    plan: Plan, checkpoints: list[Path], fault: str, say: Callable[[str], None]
+) -> None:
+    path = checkpoints[-1]
+    aside = path.with_name(f"{path.name}.damaged")
+    way = f"the one before it is {checkpoints[-2]}" if checkpoints[1:] else "none is before it"
+    start = "it" if checkpoints[1:] else "the stage's beginning"
+    if not plan.config.checkpoint.skip_damaged:
+        raise SettingError(
+            f"{path}: {fault}; {way}: put a whole copy there, or set checkpoint.skip_damaged=true, "
+            f"which renames it to {aside.name} and goes on from {start}"
+        )
+    os.replace(path, aside)
+    say(f"{path}: {fault}; {way}, so the stage goes on from {start}, and this is now {aside.name}")
+
+
 def check(plan: Plan) -> None:
     """Refuses to go on with, or to skip, a stage that was begun with other settings, and to go on
     with one whose beginnings, the weights of the stage before, are gone or others.
@@ -153,8 +231,9 @@ def check(plan: Plan) -> None:
         )
     for name in names:
         folder = stage_folder(plan, name)
-        if folder.settings.exists():
-            found = changes(plan, name, json.loads(folder.settings.read_text()))
+        begun = folder.begun_with()
+        if begun is not None:
+            found = changes(plan, name, begun)
             if found:
                 raise SettingError(
                     f"{folder.path} was begun with other settings ({'; '.join(found[:5])}); "
@@ -192,14 +271,15 @@ def _check_beginnings(before: StageFolder, folder: StageFolder) -> None:
     if not (folder.finished() or folder.checkpoints()):
         return
     if not before.finished():
+        fault = intact.weights_fault(before.model) if before.model.exists() else "it is missing"
         raise SettingError(
-            f"{before.model} is missing, and stage {folder.path.name} began from it; put "
+            f"{before.model}{fault.removeprefix('it')}, and stage {folder.path.name} began from it; put "
             f"{before.path} back, or remove {folder.path} and the stages after it to train them "
             "anew"
         )
     if folder.finished() or not folder.settings.exists():
         return  # nothing more will come of it
-    begun = json.loads(folder.settings.read_text()).get(WEIGHTS_BEFORE)  # older runs have none
+    begun = (folder.begun_with() or {}).get(WEIGHTS_BEFORE)  # older runs have none
     if begun is not None and begun != header.file_hash(before.model):
         raise SettingError(
             f"{before.model} holds other weights than those that stage {folder.path.name} began "

@@ -134,6 +134,7 @@ class Logging(Section):
 
 class Checkpoint(Section):
     keep: Count = 1  # of each unfinished stage; a finished one keeps its last
+    skip_damaged: bool = False  # go on from the checkpoint before one that is damaged
     remote: str = ""  # folder or s3://, gs:// URL for copies; a start with less goes on from there
 
 
