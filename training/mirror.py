@@ -45,7 +45,7 @@ class Mirror:
 
     def __init__(self, folder: Path, url: str, keep: int) -> None:
         self._folder = folder
-        self._store = _open(url) if url else None
+        self._store = open_copy(url) if url else None
         self._keep = keep
         self._pending: list[Path] = []
         self._changed = threading.Condition()
@@ -184,16 +184,17 @@ def fetch(plan: Plan) -> bool:
     url = plan.config.checkpoint.remote
     if not url:
         return False
-    store, stages = _open(url), list(plan.config.stages)
+    store, stages = open_copy(url), list(plan.config.stages)
     names = {name: store.names(name) for name in stages}
     if _position(names) <= _position({name: _whole(plan, name) for name in stages}):
         return False
-    for name in stages:
-        if folder.SETTINGS not in names[name]:
-            continue
-        path = f"{name}/{folder.SETTINGS}"
-        begun = folder.settings_record(store.read(path), store.url(path))
-        changes = folder.changes(plan, name, begun)
+    paths = {n: f"{n}/{folder.SETTINGS}" for n in stages if folder.SETTINGS in names[n]}
+    records = {
+        name: folder.settings_record(store.read(path), store.url(path))
+        for name, path in paths.items()
+    }
+    for name, path in paths.items():
+        changes = folder.changes(plan, name, records[name], records)
         if changes:  # before anything of this run is replaced
             raise SettingError(
                 f"checkpoint.remote={url}: {path} there is of other settings "
@@ -216,7 +217,12 @@ def fetch(plan: Plan) -> bool:
     return True
 
 
-def _open(url: str) -> Store:
+def open_copy(url: str) -> Store:
+    """The place of a run's copies.
+
+    Raises:
+        SettingError: no URL that can be read.
+    """
     try:
         return Store(url)
     except SettingError as error:  # which speaks of a data root
