@@ -38,6 +38,22 @@ class StepFunctions(Callback):
             group["lr"] = rate * group["lr_factor"]
 
 
+class StayAlone(Callback):
+    """Ends the run where another training took its folder over.
+
+    Args:
+        taken: says who did; "" as long as nobody has.
+    """
+
+    def __init__(self, taken: Callable[[], str]) -> None:
+        self._taken = taken
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Before a checkpoint of this step would be written among the other's."""
+        if who := self._taken():
+            raise SettingError(f"{who}, which took this run for dead; this one ends")
+
+
 class SaveCheckpoints(Callback):
     """A checkpoint every N steps and at the end: whole under its final name, or not there.
 

@@ -59,7 +59,9 @@ def record(data: bytes, where: object, kind: type[Any], remedy: str) -> Any:
         raise SettingError(f"{where}: {what}; {remedy}") from error
     if not isinstance(found, kind):
         shown = type(found).__name__
-        raise SettingError(f"{where}: damaged, expected a {kind.__name__} in it, found a {shown}; {remedy}")
+        raise SettingError(
+            f"{where}: damaged, expected a {kind.__name__} in it, found a {shown}; {remedy}"
+        )
     return found
 
 

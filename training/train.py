@@ -7,6 +7,7 @@ torch is imported.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -17,6 +18,7 @@ if sys.path and os.path.basename(sys.path[0]) == "training":
 
 from pipeline.core.errors import SettingError, StorageError
 from training import folder
+from training.alone import alone
 from training.config import load
 from training.preflight import check
 from training.threads import share_cores
@@ -46,23 +48,27 @@ def main(arguments: list[str]) -> int:
             from training import parallel  # and torch with it
 
             parallel.check(config)
-        if _first_rank():
-            folder.link_last(plan)
-        if folder.unfinished(plan) or config.checkpoint.remote:
-            _quiet_imports()
-            from training.assemble import run
-            from training.stopping import EXIT_CODE, Terminated
+        busy = bool(folder.unfinished(plan) or config.checkpoint.remote)
+        own = busy and _first_rank()
+        with alone(config, arguments) if own else contextlib.nullcontext() as taken:
+            if _first_rank():
+                folder.link_last(plan)
+            if busy:
+                _quiet_imports()
+                from training.assemble import run
+                from training.callbacks import StayAlone
+                from training.stopping import EXIT_CODE, Terminated
 
-            running = True
-            try:
-                run(plan)
-            except Terminated as place:
-                if _first_rank():
-                    print(
-                        f"train: SIGTERM: the same command goes on from {place}",
-                        file=sys.stderr,
-                    )
-                return EXIT_CODE
+                running = True
+                try:
+                    run(plan, [StayAlone(taken)] if taken else [])
+                except Terminated as place:
+                    if _first_rank():
+                        print(
+                            f"train: SIGTERM: the same command goes on from {place}",
+                            file=sys.stderr,
+                        )
+                    return EXIT_CODE
         if _first_rank():
             where = config.run_folder()
             what = f"stage {config.stage} of {where}" if config.stage else where
