@@ -18,7 +18,13 @@ from composer.utils import dist, get_device
 
 from pipeline.core.errors import SettingError, StorageError
 from training import curve, folder, header, initial, journal, observers, parallel, weights
-from training.checkpoints import CheckpointState, allow_only_data, read, require_same
+from training.checkpoints import (
+    Checkpoint,
+    CheckpointState,
+    allow_only_data,
+    read,
+    require_same,
+)
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
 from training.dtensors import gathered
@@ -285,7 +291,8 @@ def _trainer(
             run_name=f"{config.name}-{name}",
             progress_bar=False,
             spin_dataloaders=False,
-            load_path=str(resume) if resume else None,
+            load_path="checkpoint.pt" if resume else None,
+            load_object_store=Checkpoint(resume) if resume else None,
             load_progress_bar=False,
             device=device,
             precision=precision,

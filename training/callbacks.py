@@ -13,6 +13,7 @@ from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 
 from pipeline.core.errors import SettingError
+from training.checkpoints import template
 from training.folder import StageFolder
 from training.guard import Guard, RollBack
 from training.meter import Meter
@@ -130,7 +131,7 @@ class SaveCheckpoints(Callback):
         part = self._folder.part(step)
         try:
             # Nothing of ours depends on the global generators that "rng" holds.
-            save_checkpoint(state, str(part), ignore_keys=["rng"])
+            save_checkpoint(state, template(part), ignore_keys=["rng"])
             if dist.get_global_rank() == 0:
                 _publish(part, path)
         except (OSError, RuntimeError) as error:

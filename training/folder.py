@@ -225,6 +225,7 @@ def check(plan: Plan) -> None:
     Raises:
         SettingError: names the settings, old and new, or the file.
     """
+    _check_place(plan.config.run_folder())
     names = list(plan.config.stages)
     asked = plan.config.stage
     before = names[names.index(asked) - 1] if asked and asked != names[0] else None
@@ -245,6 +246,17 @@ def check(plan: Plan) -> None:
     for first, second in itertools.pairwise(names):
         if asked in ("", second):
             _check_beginnings(stage_folder(plan, first), stage_folder(plan, second))
+
+
+def _check_place(path: Path) -> None:
+    try:
+        there = path.exists()
+    except OSError as error:  # its name is too long, or a folder above may not be read
+        raise SettingError(
+            f"folder {path}: {error.strerror}; choose another (folder=runs/NAME)"
+        ) from error
+    if there and not path.is_dir():
+        raise SettingError(f"folder {path}: is a file; choose another (folder=runs/NAME)")
 
 
 def begun_with(plan: Plan) -> dict[str, dict[str, Any]]:
@@ -295,9 +307,9 @@ def _check_beginnings(before: StageFolder, folder: StageFolder) -> None:
     if not before.finished():
         fault = intact.weights_fault(before.model) if before.model.exists() else "it is missing"
         raise SettingError(
-            f"{before.model}{fault.removeprefix('it')}, and stage {folder.path.name} began from it; put "
-            f"{before.path} back, or remove {folder.path} and the stages after it to train them "
-            "anew"
+            f"{before.model}{fault.removeprefix('it')}, and stage {folder.path.name} began from "
+            f"it; put {before.path} back, or remove {folder.path} and the stages after it to "
+            "train them anew"
         )
     if folder.finished() or not folder.settings.exists():
         return  # nothing more will come of it

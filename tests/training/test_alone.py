@@ -89,7 +89,9 @@ def test_a_finished_run_needs_none(file: Path) -> None:
 
 def test_a_run_that_was_taken_for_dead_ends(data: dict[str, Any], tmp_path: Path) -> None:
     plan = plan_of(data, tmp_path / "run")
-    with pytest.raises(SettingError, match="^another, which took this run for dead; this one ends"):
+    with pytest.raises(
+        SettingError, match=r"^another, which took this run for dead; this one ends"
+    ):
         assemble.run(plan, [StayAlone(lambda: "another")])
     assert not list((tmp_path / "run").rglob("*.pt"))
 
