@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 
 import torch
-import yaml
 from pydantic import ValidationError
 
 from pipeline.core.errors import SettingError, nearest
 from pipeline.core.manifest import TextFacts, VaeFacts
+from pipeline.core.yaml12 import parse
 from pipeline.encoders import text_facts, vae_facts
 from training import official, weights
 from training.dit import MicroDiT
@@ -69,9 +69,9 @@ def architecture(arch: str) -> DiTConfig:
             "file with a section model:"
         )
     try:
-        section = Model.model_validate(yaml.safe_load(Path(arch).read_text())["model"])
+        section = Model.model_validate(parse(Path(arch).read_text("utf-8"), arch)["model"])
         return dataclasses.replace(MODELS.get(section.arch, DiTConfig()), **section.sizes())
-    except (ValidationError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (ValidationError, ValueError, KeyError, TypeError) as error:
         text = " ".join(str(error).split())[:200]
         raise SettingError(f"--arch {arch}: no usable section model: ({text})") from error
 
