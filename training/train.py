@@ -17,7 +17,7 @@ if sys.path and os.path.basename(sys.path[0]) == "training":
     sys.path[0] = os.path.dirname(sys.path[0])
 
 from pipeline.core.errors import SettingError, StorageError
-from training import folder
+from training import credentials, folder
 from training.alone import alone
 from training.config import load
 from training.preflight import check
@@ -50,6 +50,8 @@ def main(arguments: list[str]) -> int:
             parallel.check(config)
         busy = bool(folder.unfinished(plan) or config.checkpoint.remote)
         own = busy and _first_rank()
+        if own:
+            credentials.check(config)
         with alone(config, arguments) if own else contextlib.nullcontext() as taken:
             if _first_rank():
                 folder.link_last(plan)
