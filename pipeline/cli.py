@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
+import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline import cli_convert, cli_run
 from pipeline.core.errors import SettingError, StorageError, nearest
 from pipeline.typer_group import OPTIONS
+
+if TYPE_CHECKING:
+    from pipeline.core.store import Store
 
 app = typer.Typer(
     help="From a dataset's name to cached latents in MDS shards.", add_completion=False, **OPTIONS
@@ -235,13 +240,37 @@ def drop(
     for name in sources:
         with Count(f"drop {name}") as count:
             found = take_out(store, name, entries, column, count)
-        matched |= found.matched
+        matched |= found.matched | found.gone
         print("\n".join(describe(name, found)))
     unmatched = [entry for entry in entries if entry not in matched]
-    for entry in unmatched:
-        print(f"in no shard: {entry}")
     if unmatched:
+        for line in _unmatched(store, sources, unmatched, column):
+            print(line)
         raise typer.Exit(1)
+
+
+def _unmatched(store: Store, sources: list[str], entries: list[str], column: str) -> list[str]:
+    """Lines about entries that are in no shard, with what is most like each."""
+    from pipeline.drop import nearest
+    from pipeline.progress import Count
+
+    near = {}
+    for name in sources:
+        with Count(f"what comes nearest in {name}") as count:
+            for entry, found in nearest(store, name, entries, column, count).items():
+                if entry not in near or found.likeness > near[entry][1].likeness:
+                    near[entry] = name, found
+    lines = []
+    for entry in entries:
+        line = f"in no shard: {entry}; "
+        if entry in near:
+            name, found = near[entry]
+            what = found.text if column == "key" else f"{found.text}, key {found.key}"
+            line += f"nearest: {what} of {name}"
+        else:
+            line += f"no {column} comes near it"
+        lines.append(line)
+    return lines
 
 
 @app.command()
@@ -274,10 +303,13 @@ def dedup(
 
 def _lines(option: str, name: str) -> list[str]:
     try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text("utf-8")
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        # Windows writes UTF-16 as well, and says so by the file's first two bytes.
+        wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        text = data.decode("utf-16" if wide else "utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(f"{option} {name}: cannot be read as text ({error})") from error
-    return text.splitlines()
+    return re.split("\r\n|\n|\r", text)
 
 
 def main() -> None:

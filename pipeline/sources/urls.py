@@ -15,6 +15,7 @@ from pipeline.core.errors import SettingError
 from pipeline.core.rules import Rules
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
 from pipeline.core.store import Store
+from pipeline.core.urls import stripped
 from pipeline.sources.tables import url_lists
 from pipeline.sources.tables.url_lists import Row
 from pipeline.sources.tables.url_table import ENDINGS, UrlList, shown
@@ -117,7 +118,7 @@ class Urls(HttpSettings):
     def _fault(self, key: str, row: Row) -> Reject | None:
         """What is the matter with a row itself."""
         ref = _ref(key, row)
-        if not ref.url.strip():
+        if not ref.url:
             return Reject(key, "download", "refused", "no link in this row", ref)
         if self.caption_col is not None and not ref.caption.strip():
             return Reject(key, "download", "no-caption", "no caption in this row", ref)
@@ -139,4 +140,4 @@ class Urls(HttpSettings):
 
 
 def _ref(key: str, row: Row) -> ImageRef:
-    return ImageRef(key, row.url or "", row.caption or "")
+    return ImageRef(key, stripped(row.url or ""), row.caption or "")

@@ -16,6 +16,8 @@ from aiohttp import InvalidURL
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
+from pipeline.core.urls import stripped
+
 Judge = Callable[[str], str | None]  # an address -> why it may not be asked, or None
 
 
@@ -32,10 +34,11 @@ def parse(url: str, judge: Judge) -> URL:
         Refused: another scheme than http(s), no host, or an address in the link that may not be
             asked. A name is judged when it is resolved.
     """
+    url = stripped(url)
     try:
-        found = URL(url.strip())
-        if _ENCODED.fullmatch(url.strip()):
-            literal = URL(url.strip(), encoded=True)
+        found = URL(url)
+        if _ENCODED.fullmatch(url):
+            literal = URL(url, encoded=True)
             found = literal if literal.host == found.host else found
         scheme, host, _ = found.scheme, found.raw_host, found.port
     except (ValueError, IndexError, InvalidURL):  # IndexError: yarl's, of "http://[::1]@"
