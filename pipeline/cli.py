@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import codecs
-import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from pipeline import cli_convert, cli_run
 from pipeline.core.errors import SettingError, StorageError, nearest
 from pipeline.typer_group import OPTIONS
-
-if TYPE_CHECKING:
-    from pipeline.core.store import Store
 
 app = typer.Typer(
     help="From a dataset's name to cached latents in MDS shards.", add_completion=False, **OPTIONS
@@ -99,6 +94,12 @@ def verify(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; default: all CPUs.")
     ] = None,
+    dropped: Annotated[
+        bool,
+        typer.Option(
+            "--dropped", help="Only prove that nothing is left of dropped samples: exit 1 if it is."
+        ),
+    ] = False,
 ) -> None:
     """Read every committed byte again and say what is wrong: exit 1 if anything is."""
     import contextlib
@@ -114,6 +115,13 @@ def verify(
     from pipeline.verify import verify as check_all
 
     store = Store(root or default_root())
+    if dropped:
+        if repair or json_ or group is not None:
+            raise SettingError("verify --dropped: takes --root and --source, nothing else")
+        from pipeline.cli_drop import verify_dropped
+
+        verify_dropped(store, source)
+        return
     groups = select(store, source, group)
     problems: list[Problem] = []
     lines: list[str] = []
@@ -210,67 +218,48 @@ def drop(
     ] = None,
     root: Root = None,
     source: Source = None,
+    purge: Annotated[
+        bool,
+        typer.Option(
+            "--purge",
+            help="Say where dropped samples still lie (groups, pages, lists, superseded files), "
+            "and remove them there with --yes.",
+        ),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Purge without being asked.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what a purge would remove; remove nothing.")
+    ] = False,
 ) -> None:
     """Take samples out: training leaves them out from its next start.
 
-    Their bytes go when `pipeline run all --stale` makes the shards anew and `pipeline prune` frees
-    what that replaced. Exit 1 if an entry is in no shard; the others are out all the same.
+    Their bytes go with --purge, from every group of the root, or when `pipeline run all --stale`
+    makes shards anew and `pipeline prune` frees what that replaced. A purge that was interrupted
+    goes on when it is started again; a training that started before it may still read the files
+    that it replaces. Exit 1 if an entry is in no shard; the others are out all the same.
     """
+    from pipeline.cli_drop import purge_sources, take_out
     from pipeline.config import default_root
     from pipeline.core.store import Store
-    from pipeline.drop import describe, read_list
-    from pipeline.drop import drop as take_out
-    from pipeline.progress import Count
     from pipeline.status import sources_of
 
-    if (keys is None) == (urls is None):
-        raise SettingError("drop: give either --keys FILE or --urls FILE")
-    column, name = ("key", keys) if keys is not None else ("url", urls or "")
-    entries = read_list(_lines(f"--{column}s", name))
-    if not entries:
-        raise SettingError(f"--{column}s {name}: names nothing")
+    if (yes or dry_run) and not purge:
+        raise SettingError(f"drop {'--yes' if yes else '--dry-run'}: only with --purge")
+    if yes and dry_run:
+        raise SettingError("drop --purge: give either --yes or --dry-run")
+    if (keys is None) == (urls is None) and not (purge and keys is None):
+        raise SettingError("drop: give either --keys FILE or --urls FILE, or --purge alone")
     store = Store(root or default_root())
     sources = sources_of(store, source)
-    if column == "key" and len(sources) > 1:
-        raise SettingError(
-            "drop --keys: a key is unique in its source only; name it with --source, there are: "
-            + ", ".join(sources)
-        )
-    matched: set[str] = set()
-    for name in sources:
-        with Count(f"drop {name}") as count:
-            found = take_out(store, name, entries, column, count)
-        matched |= found.matched | found.gone
-        print("\n".join(describe(name, found)))
-    unmatched = [entry for entry in entries if entry not in matched]
+    unmatched = 0
+    if keys is not None or urls is not None:
+        if dry_run:
+            raise SettingError("drop --dry-run: of a purge alone, without --keys and --urls")
+        unmatched = take_out(store, sources, keys, urls)
+    if purge:
+        purge_sources(store, sources, yes, dry_run)
     if unmatched:
-        for line in _unmatched(store, sources, unmatched, column):
-            print(line)
         raise typer.Exit(1)
-
-
-def _unmatched(store: Store, sources: list[str], entries: list[str], column: str) -> list[str]:
-    """Lines about entries that are in no shard, with what is most like each."""
-    from pipeline.drop import nearest
-    from pipeline.progress import Count
-
-    near = {}
-    for name in sources:
-        with Count(f"what comes nearest in {name}") as count:
-            for entry, found in nearest(store, name, entries, column, count).items():
-                if entry not in near or found.likeness > near[entry][1].likeness:
-                    near[entry] = name, found
-    lines = []
-    for entry in entries:
-        line = f"in no shard: {entry}; "
-        if entry in near:
-            name, found = near[entry]
-            what = found.text if column == "key" else f"{found.text}, key {found.key}"
-            line += f"nearest: {what} of {name}"
-        else:
-            line += f"no {column} comes near it"
-        lines.append(line)
-    return lines
 
 
 @app.command()
@@ -299,17 +288,6 @@ def dedup(
     if not dry_run:
         take_out(store, found)
     print("\n".join(describe(found, sources, taken=not dry_run)))
-
-
-def _lines(option: str, name: str) -> list[str]:
-    try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        # Windows writes UTF-16 as well, and says so by the file's first two bytes.
-        wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        text = data.decode("utf-16" if wide else "utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"{option} {name}: cannot be read as text ({error})") from error
-    return re.split("\r\n|\n|\r", text)
 
 
 def main() -> None:

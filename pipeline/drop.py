@@ -6,7 +6,6 @@ Readers leave them out at once; their bytes go with `pipeline.purge`.
 from __future__ import annotations
 
 import bisect
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +19,7 @@ from pipeline.core.commits import Commit, read_commit, read_file
 from pipeline.core.errors import BrokenShard
 from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
+from pipeline.sources.tables import url_lists
 from pipeline.status import groups_of
 
 PREFIX = 5  # digits of a key that name its shard, in img2dataset's convention
@@ -37,6 +37,7 @@ class Found:
     before: dict[str, set[str]] = field(default_factory=dict)  # and those that were out already
     matched: set[str] = field(default_factory=set)  # entries
     gone: set[str] = field(default_factory=set)  # entries of an earlier takedown, purged since
+    listed: set[str] = field(default_factory=set)  # links of a list that are not downloaded yet
 
     def count(self, keys: dict[str, set[str]]) -> int:
         return sum(map(len, keys.values()))
@@ -78,7 +79,7 @@ def drop(
     search.everywhere(progress)
     found = search.found
     links = set() if column == "key" else search.links()
-    if found.new:
+    if found.new or found.listed:
         keys = {shard: sorted(keys) for shard, keys in found.new.items()}
         drops.add(store, source, keys, links)
     return found
@@ -135,9 +136,15 @@ def _compare(table: pa.Table, column: str, wanted: dict[str, str], found: dict[s
 
 
 def _likeness(one: str, other: str) -> float:
-    begin = len(os.path.commonprefix([one, other]))
-    rest = os.path.commonprefix([one[begin:][::-1], other[begin:][::-1]])
-    return (begin + len(rest)) / max(len(one), len(other), 1)
+    begin = _agree(one, other)
+    end = _agree(one[begin:][::-1], other[begin:][::-1])
+    return (begin + end) / max(len(one), len(other), 1)
+
+
+def _agree(one: str, other: str) -> int:
+    """Letters that two texts have in common at their beginnings."""
+    shorter = min(len(one), len(other))
+    return next((n for n in range(shorter) if one[n] != other[n]), shorter)
 
 
 class _Search:
@@ -165,15 +172,17 @@ class _Search:
                     self._match(shard, key, form)
 
     def links(self) -> set[str]:
-        """The hashes of links that are found; others that were taken down before count as gone."""
+        """The hashes of links that are found, those of a list that no shard has included; others
+        that were taken down before count as gone."""
         known = drops.read_links(self.store, self.source)
-        hashes = set()
-        for form, entries in self.entries.items():
-            if entries[0] in self.found.matched:
-                hashes.add(drops.link_hash(form))
-            elif drops.link_hash(form) in known:
-                self.found.gone.update(entries)
-        return hashes
+        hashes = {drops.link_hash(form): entries for form, entries in self.entries.items()}
+        left = {h for h, entries in hashes.items() if entries[0] not in self.found.matched}
+        for found in left & known:
+            self.found.gone.update(hashes[found])
+        listed = url_lists.find_links(self.store, self.source, left - known)
+        for found in listed:
+            self.found.listed.update(hashes[found])
+        return (hashes.keys() - left) | listed
 
     def by_prefix(self) -> None:
         """Keys that begin with the name of their shard."""
@@ -239,8 +248,9 @@ def describe(source: str, found: Found) -> list[str]:
         f"{source}: {new} samples of {len(shards)} shards are out now{detail}, "
         f"{before} were out already"
         + (f", {len(found.gone)} entries were purged" if found.gone else "")
+        + (f", {len(found.listed)} links are not downloaded yet" if found.listed else "")
     ]
-    if new or before:
+    if new or before or found.listed:
         lines.append(
             "  training leaves them out from its next start; their bytes go with `pipeline drop "
             f"--purge --source {source}`, from every group, page and list; or only from the groups "

@@ -93,7 +93,11 @@ def read_file(store: Store, group: str, commit: Commit, ending: str) -> bytes:
     Raises:
         BrokenShard: it is gone, or its bytes are not those of the record.
     """
-    name = commit.file(ending)
+    return read_named(store, group, commit, commit.file(ending))
+
+
+def read_named(store: Store, group: str, commit: Commit, name: str) -> bytes:
+    """`read_file` by the whole name, rejects included."""
     try:
         data = store.read(f"{group}/{name}")
     except FileNotFoundError:

@@ -19,9 +19,7 @@ from pipeline.core.urls import canonical
 SCHEMA = 1
 
 
-def add(
-    store: Store, source: str, keys: dict[str, list[str]], links: Iterable[str] = ()
-) -> None:
+def add(store: Store, source: str, keys: dict[str, list[str]], links: Iterable[str] = ()) -> None:
     """Adds a list.
 
     Args:
@@ -57,7 +55,12 @@ def read_links(store: Store, source: str) -> frozenset[str]:
 
 def link_hash(link: str) -> str:
     """32 hex digits over a link's canonical form."""
-    return sha256(canonical(link).encode("utf-8", "surrogateescape"))[:32]
+    return hash_of(canonical(link))
+
+
+def hash_of(form: str) -> str:
+    """`link_hash` of a link that is in its canonical form."""
+    return sha256(form.encode("utf-8", "surrogatepass"))[:32]
 
 
 def _records(store: Store, source: str) -> Iterator[dict[str, Any]]:
