@@ -21,6 +21,7 @@ from pipeline.core.errors import BrokenShard, SettingError, StorageError
 from pipeline.core.limits import raise_open_files
 from pipeline.core.streams import survive_readers
 from pipeline.core.temporary import shorten_sockets
+from pipeline.core.version import version_line
 from training import credentials, folder, ranks, shared_memory
 from training.alone import alone
 from training.config import load
@@ -36,6 +37,9 @@ def main(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2
+    if "--version" in arguments:
+        print(version_line())
+        return 0
     survive_readers()
     share_cores()
     try:

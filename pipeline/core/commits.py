@@ -107,7 +107,7 @@ def read_file(store: Store, group: str, commit: Commit, ending: str) -> bytes:
 
 
 def read_named(store: Store, group: str, commit: Commit, name: str) -> bytes:
-    """A committed file by its name; see `read_file`."""
+    """`read_file` by the whole name, rejects included."""
     try:
         data = store.read(f"{group}/{name}")
     except FileNotFoundError:
@@ -233,6 +233,7 @@ _UPSTREAM = {
     "latents_made": "latents were made anew",
     "text_made": "text was made anew",
     "official": "the official shard is another",
+    "shard": "its source lists other pictures for it",
 }
 
 
@@ -299,6 +300,11 @@ def reason(error: BaseException) -> str:
 
 
 def _short(value: Any) -> str:
+    """A value for people: words, not Python."""
+    if isinstance(value, (list, tuple)):
+        value = ",".join(map(str, value)) or "none"
+    elif isinstance(value, dict):
+        value = ",".join(f"{key}={item}" for key, item in sorted(value.items())) or "none"
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
