@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.core.commits import read_commit
 from pipeline.core.errors import SettingError, StorageError
 from pipeline.core.samples import RawImage, Reject
-from pipeline.core.store import Store
+from pipeline.core.store import Store, fingerprint
 from pipeline.core.tables import from_parquet
 from pipeline.plan import Choice
 from pipeline.sources.folder import Folder
@@ -359,6 +359,18 @@ def many(home, count: int) -> None:
     for number in range(count):
         (home / f"{number:04d}.jpg").touch()
         (home / f"{number:04d}.txt").write_text("t")
+
+
+def test_shards_of_an_older_version_are_not_stale(cats):
+    """What enters a fingerprint is what it was, where nothing new is used."""
+    table(cats, "t.csv", ROWS[:1])
+    (spec,) = specs(cats, table="t.csv")
+    size = os.path.getsize(cats / "b.jpg")
+    version = f"{size}-{int(os.path.getmtime(cats / 'b.jpg'))}"
+    assert spec[:2] == (fingerprint([[size, version]]), fingerprint([["b.jpg", "007"]]))
+    assert spec[2:] == (0, (("b.jpg", size),))
+    usual = {"captions": "own", "max_file_bytes": 100_000_000}
+    assert Folder(folder=str(cats)).decisive() == usual
 
 
 def test_a_small_folder_makes_many_shards_and_keeps_their_size(tmp_path):
