@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -185,12 +186,13 @@ def check_rejects(rejects: list[Reject], kept: int, max_reject_rate: float) -> d
         TooManyRejects: they are more than `max_reject_rate` of rejected and kept samples.
     """
     reasons = dict(sorted(Counter(reject.reason for reject in rejects).items()))
-    total = len(rejects) + kept
-    if len(rejects) > max_reject_rate * total:
+    judged = [reject for reject in rejects if not reject.foreseen]
+    total = len(judged) + kept
+    if len(judged) > max_reject_rate * total:
         found = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         raise TooManyRejects(
-            f"{len(rejects)} of {total} samples rejected ({found}; e.g. {rejects[0].key}: "
-            f"{rejects[0].detail}), more than max_reject_rate={max_reject_rate}; not committed"
+            f"{len(judged)} of {total} samples rejected ({found}; e.g. {judged[0].key}: "
+            f"{judged[0].detail}), more than max_reject_rate={max_reject_rate}; not committed"
         )
     return reasons
 
@@ -315,4 +317,19 @@ def _table(rejects: list[Reject]) -> bytes:
     from pipeline.core.tables import to_parquet
 
     names = ("key", "stage", "reason", "detail")
-    return to_parquet(pa.table({n: [getattr(r, n) for r in rejects] for n in names}))
+    columns = {name: pa.array([getattr(r, name) for r in rejects], pa.string()) for name in names}
+    places = pa.array([_place(reject) for reject in rejects], pa.string())
+    return to_parquet(pa.table({**columns, "place": places}))
+
+
+def _place(reject: Reject) -> str | None:
+    """A reject's file or link for people, without what may be secret in a link."""
+    text = "" if reject.ref is None else reject.ref.url
+    if "://" in text:
+        try:
+            parts = urlsplit(text)
+            host = parts.netloc.rpartition("@")[2]
+            text = parts._replace(netloc=host, query="", fragment="").geturl()
+        except ValueError:  # no link: what is secret in it nobody can tell
+            text = ""
+    return text.encode("utf-8", "backslashreplace").decode() or None

@@ -18,6 +18,7 @@ from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample
 from pipeline.core.store import Store
 from pipeline.core.urls import stripped
 from pipeline.sources.tables import url_lists
+from pipeline.sources.tables.captions import Encoding
 from pipeline.sources.tables.url_lists import Row
 from pipeline.sources.tables.url_table import ENDINGS, UrlList, shown
 from pipeline.sources.web.http import FetchError, HttpSettings, fetch_all, listed
@@ -48,6 +49,7 @@ class Urls(HttpSettings):
     #: [column, kind]: a picture with another hash is left out.
     verify_hash: Annotated[tuple[str, Hash] | None, BeforeValidator(_pair)] = None
     number_sample_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 10_000  # rows a shard
+    encoding: Encoding = "auto"  # of csv, tsv, json, jsonl and txt: UTF-8, UTF-16, or as it says
 
     _kept: tuple[str, str] | None = PrivateAttr(None)  # root, folder
     _shards: list[InputShard] | None = PrivateAttr(None)
@@ -111,6 +113,7 @@ class Urls(HttpSettings):
             self.caption_col,
             self.verify_hash,
             self.number_sample_per_shard,
+            encoding=self.encoding,
         )
 
     def _place(self) -> tuple[Store, str]:
@@ -121,6 +124,8 @@ class Urls(HttpSettings):
     def _fault(self, key: str, row: Row) -> Reject | None:
         """What is the matter with a row itself."""
         ref = _ref(key, row)
+        if row.fault:
+            return Reject(key, "download", "malformed-row", row.fault, ref)
         if not ref.url:
             return Reject(key, "download", "refused", "no link in this row", ref)
         if self.caption_col is not None and not ref.caption.strip():

@@ -22,7 +22,7 @@ from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet, to_parquet
 from pipeline.stages import Job, Needs
 from pipeline.stages.caption_text import Refused, finish, parse_steps, summarise
-from pipeline.stages.images import images_commit, read_images
+from pipeline.stages.images import images_commit, placed, read_images
 from pipeline.stages.stopwatch import Stopwatch
 
 VERSION = 4  # bump when the bytes this stage writes change
@@ -137,7 +137,11 @@ class CaptionWorker:
             raise RuntimeError(
                 f"{stage.captioner.name} lost {len(lost)} pictures, e.g. {min(lost)}"
             )
-        rejects.sort(key=lambda reject: order[reject.key])
+        if rejects:
+            rejects.sort(key=lambda reject: order[reject.key])
+            pictures = layout.images_group(stage.source)
+            found = images_commit(self.store, pictures, job.shard.id, job.groups[group]["images"])
+            rejects = placed(self.store, pictures, found, rejects)
         keys = sorted(made, key=order.__getitem__)
         counts += summarise(caption for key in keys for caption in made[key])
         self.counters += counts - Counter({SPLIT: counts[SPLIT]})  # the captioner tells of that
