@@ -171,7 +171,9 @@ class CaptionWorker:
             if image.key not in job.dropped:
                 order[image.key] = len(order)
                 opened = functools.partial(_open, image.data)
-                yield captioning.Picture(image.key, opened, image.data, sizes.get(image.key))
+                # A server may take no notice of a profile: it gets the pixels that we see.
+                data = None if images.profile_changes(image.data) else image.data
+                yield captioning.Picture(image.key, opened, data, sizes.get(image.key))
 
 
 def own_settings(captioner: str, given: dict[str, Any]) -> dict[str, Any]:

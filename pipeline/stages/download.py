@@ -98,7 +98,7 @@ class Download:
             "version": VERSION,
             "source": self.source,
             "settings": self.settings.decisive(),
-            "rules": self.rules.model_dump(),
+            "rules": self._decisive_rules(),
         }
         for shard in self.settings.shards():
             keys = dropped.get(shard.id, frozenset())
@@ -106,6 +106,13 @@ class Download:
             own = {"shard": json.loads(canonical_json([shard.id, shard.split, shard.spec]))}
             inputs = {group: {**common, **own, **drops.inputs(keys)}}
             yield Job(shard, inputs, keys, self.settings.samples(shard))
+
+    def _decisive_rules(self) -> dict[str, Any]:
+        """Every rule, as a commit has it; what came later only where it is not the default."""
+        rules = self.rules.model_dump()
+        if rules["metadata"] == "strip":
+            del rules["metadata"]
+        return rules
 
     def estimate(self, job: Job, group: str) -> int:
         return self.settings.estimate(job.shard)
@@ -157,6 +164,8 @@ class _Worker:
                 continue
             if isinstance(item, RawImage):
                 item = keep(item, rules)
+                if isinstance(item, ImageSample) and item.profile:
+                    self.counters[item.profile] += 1
                 if isinstance(item, ImageSample) and rules.clean_captions:
                     item = _cleaned(item)
             if isinstance(item, ImageSample) and rules.drop_duplicates:
