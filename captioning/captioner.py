@@ -10,11 +10,12 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from PIL import Image
 
+from captioning.answer import answer as caption_in
 from captioning.prompts import Prompt, find_prompts
 from pipeline.core import images
 
@@ -223,7 +224,7 @@ class Captioner(ABC):
             answer = answers[key]
             if isinstance(answer, Failure):
                 raise BadPicture(answer.reason, f"picture {key}: {answer.detail}")
-            captions += answer
+            captions += [replace(caption, text=caption_in(caption.text)) for caption in answer]
         return captions
 
 
