@@ -53,7 +53,6 @@ class _Transform:
 
 
 _NOTHING = ""  # the profile is sRGB
-_Found = "_Transform | str"  # or _NOTHING, or IGNORED
 _known: OrderedDict[tuple[bytes, str], _Transform | str] = OrderedDict()
 _lock = threading.Lock()
 
@@ -79,7 +78,7 @@ def _transform(profile: bytes, mode: str) -> _Transform | str:
 
 
 def _made(profile: bytes, mode: str) -> _Transform | str:
-    opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    opened: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     own = _SPACES.get(opened.profile.xcolor_space.strip(), "")
     of_pictures = opened.profile.device_class in _PICTURES
     if not of_pictures or (own != mode and (own, mode) != ("RGB", "L")):

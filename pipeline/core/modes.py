@@ -52,10 +52,18 @@ def base_mode(image: Image.Image) -> str:
 
 
 def once_misread(image: Image.Image) -> bool:
-    """Whether the first version gave other pixels of a JPEG, PNG or WebP, by its header."""
-    return _deep_key(image, _raw_mode(image)) is not None or colour.changes(
-        image.info.get("icc_profile"), base_mode(image)
-    )
+    """Whether the first version gave other pixels of it: by its header, but for padded ones."""
+    if _deep_key(image, _raw_mode(image)) is not None:
+        return True
+    if colour.changes(image.info.get("icc_profile"), base_mode(image)):
+        return True
+    if image.mode in ("F", "LAB") or (image.mode == "I" and image.format == "TIFF"):
+        return True
+    if image.mode.startswith("I;16") and image.format == "TIFF":
+        return _tag(image, _BITS) != (16,) or _tag(image, _PHOTOMETRIC) == (_WHITE_IS_ZERO,)
+    if image.mode == "RGBA" and image.format in _PADDED:
+        return image.getchannel("A").getextrema() == (0, 0)
+    return _SIGNED in _tag(image, _SAMPLE_FORMAT)
 
 
 def _planes(

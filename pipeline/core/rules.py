@@ -13,6 +13,7 @@ import unicodedata
 from dataclasses import replace
 from typing import Annotated, Literal
 
+import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -101,10 +102,22 @@ def _kept(raw: RawImage, rules: Rules) -> ImageSample:
     if data is not None and rules.metadata == "strip":
         data = stripped(data)
     if extension is None or data is None:
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
-        extension, data = "png", buffer.getvalue()
+        extension, data = "png", _png(pixels)
     return ImageSample(raw.ref, data, extension, width, height, width, height, profile)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def without_metadata(sample: ImageSample) -> ImageSample:
+    """A stored picture as `keep` would have stored it under `metadata: strip`."""
+    data = stripped(sample.data)
+    if data is None:
+        return replace(sample, data=_png(read(sample.data).pixels), extension="png")
+    return sample if data == sample.data else replace(sample, data=data)
 
 
 def stripped(data: bytes) -> bytes | None:

@@ -110,6 +110,10 @@ class Folder(BaseModel):
                     assert isinstance(problem, BadPicture)
                     yield Reject(file.key, "download", problem.reason, str(problem))
 
+    def at_hand(self) -> bool:
+        """Whether its files are on this machine, to be looked at again at no cost."""
+        return self._store().local
+
     def decisive(self) -> dict[str, Any]:
         """A shard's spec says the rest: where the folder lies decides nothing."""
         return {"captions": self.captions, "max_file_bytes": self.max_file_bytes}

@@ -62,7 +62,8 @@ def finish(
             counters["no captions"] += 1
             odd = said
             continue
-        counters["unwrapped"] += text != said
+        if text != said:
+            counters["unwrapped"] += 1
         for step in steps:
             text = STEPS[step](text)
         if not text:
