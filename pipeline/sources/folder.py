@@ -15,12 +15,13 @@ import stat
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.core.errors import SettingError, StorageError
 from pipeline.core.images import BadPicture
+from pipeline.core.location import Location
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import FAILED, ImageRef, InputShard, RawImage, Reject, sample_key
 from pipeline.core.store import Store, fingerprint
@@ -49,7 +50,7 @@ class Folder(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     rules: ClassVar[Rules] = Rules()
 
-    folder: str  # a path, or s3://, gs://, any fsspec URL; sub-folders are searched too
+    folder: Location  # a path, or s3://, gs://, any fsspec URL; sub-folders are searched too
     #: A csv, tsv, jsonl or parquet file in the folder that names the pictures; "": all there are.
     table: str = ""
     image_col: str = "file_name"  # of the table; names are relative to the folder
@@ -106,8 +107,7 @@ class Folder(BaseModel):
                 if isinstance(text, str) and isinstance(data, bytes):
                     yield RawImage(ImageRef(file.key, file.row.name, text), data)
                 else:
-                    problem = text if isinstance(text, BadPicture) else data
-                    assert isinstance(problem, BadPicture)
+                    problem = cast(BadPicture, text if isinstance(text, BadPicture) else data)
                     yield Reject(file.key, "download", problem.reason, str(problem))
 
     def at_hand(self) -> bool:
@@ -128,7 +128,7 @@ class Folder(BaseModel):
     # Enumeration.
 
     def _store(self) -> Store:
-        return Store(os.path.expanduser(self.folder))
+        return Store(self.folder)
 
     def _listing(self) -> dict[str, Listed]:
         """Name -> file, hidden ones left out."""

@@ -66,12 +66,12 @@ def _module() -> ModuleType:
     """The package imports albumentations, which takes six seconds and asks the internet for a newer
     version of itself; its reader alone needs none of it."""
     package = importlib.util.find_spec("img2dataset")
-    assert package is not None
-    assert package.submodule_search_locations
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError("img2dataset is not installed")
     path = Path(package.submodule_search_locations[0], "reader.py")
     spec = importlib.util.spec_from_file_location("_img2dataset_reader", path)
-    assert spec is not None
-    assert spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ModuleNotFoundError(f"{path} cannot be loaded")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
