@@ -373,7 +373,8 @@ def run_stage(stage: Stage, root: str, common: Common, retry_failed: bool = Fals
     )
     if common.dry_run:
         store = Store(root)
-        print(preflight(stage, store, plan(stage, Catalog(store), choice), quota))
+        catalog = Catalog(store, functools.partial(print, file=sys.stderr))
+        print(preflight(stage, store, plan(stage, catalog, choice), quota))
         return None
     options = Options(
         workers=common.workers,

@@ -173,6 +173,10 @@ class Folder(BaseModel):
                 foreseen = not self.table and _ending(file.row.name) in NO_PICTURES
                 yield Reject(file.key, "download", problem.reason, str(problem), ref, foreseen)
 
+    def at_hand(self) -> bool:
+        """Whether its files are on this machine, to be looked at again at no cost."""
+        return self._store().local
+
     def decisive(self) -> dict[str, Any]:
         """A shard's spec says the rest: where the folder lies decides nothing."""
         stated = {} if self.encoding == "auto" else {"encoding": self.encoding}

@@ -23,6 +23,7 @@ from pipeline.core.tables import from_parquet, to_parquet
 from pipeline.stages import Job, Needs
 from pipeline.stages.caption_text import Refused, finish, parse_steps, summarise
 from pipeline.stages.images import images_commit, placed, read_images
+from pipeline.stages.looks import findings
 from pipeline.stages.stopwatch import Stopwatch
 
 VERSION = 4  # bump when the bytes this stage writes change
@@ -75,9 +76,12 @@ class CaptionStage:
         if self.steps:
             common["clean"] = list(self.steps)
         dropped = catalog.dropped(self.source)
+        mended = catalog.mended(group, findings(catalog, group))
         for shard, head in catalog.heads(layout.images_group(self.source)).items():
             keys = dropped.get(shard, frozenset())
             inputs = {**common, "images": head.content, **drops.inputs(keys)}
+            if kinds := mended.get(shard):
+                inputs["mended"] = kinds
             yield Job(InputShard(shard, head.split), {group: inputs}, keys, head.samples)
 
     def estimate(self, job: Job, group: str) -> int:
@@ -177,7 +181,9 @@ class CaptionWorker:
             if image.key not in job.dropped:
                 order[image.key] = len(order)
                 opened = functools.partial(_open, image.data)
-                yield captioning.Picture(image.key, opened, image.data, sizes.get(image.key))
+                # A server may take no notice of a profile: it gets the pixels that we see.
+                data = None if images.profile_changes(image.data) else image.data
+                yield captioning.Picture(image.key, opened, data, sizes.get(image.key))
 
 
 def own_settings(captioner: str, given: dict[str, Any]) -> dict[str, Any]:
