@@ -8,7 +8,6 @@ do, by deleting its commit record alone.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ from pipeline.core import drops, layout, process
 from pipeline.core.commits import Commit, commit_path, read_commit, reason
 from pipeline.core.errors import BrokenShard, NewerSchema, SettingError, nearest
 from pipeline.core.groups import publish
+from pipeline.core.limits import usable_cpus
 from pipeline.core.manifest import Manifest, read_manifest
 from pipeline.core.store import Store, canonical_json
 from pipeline.processes import Processes
@@ -95,7 +95,7 @@ def verify(
         for s, g in groups
     }
     total = sum(map(len, shards.values()))
-    count = min(workers or os.cpu_count() or 1, max(total, 1))
+    count = min(workers or usable_cpus(), max(total, 1))
 
     def say(problem: Problem) -> None:
         summary.problems += 1

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from multiprocessing.util import Finalize
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -35,9 +35,9 @@ from training.randomness import Rows, keyed_seed, sample_uniform, stage_key
 from training.settings import Config
 from training.shard_files import ShardFiles
 from training.shards import SplitStream
+from training.shared_memory import PREFETCH
 from training.text import TextGroup
 
-PREFETCH = 4  # batches that each loader process makes ahead
 REPLACEMENTS = 1000  # samples that are tried in the place of one whose shard is damaged
 
 
@@ -264,8 +264,7 @@ def make_loader(
 ) -> StreamingDataLoader:
     """Batches of `collate`, all full: what is left over at the end of an epoch is left out."""
     latents, tokens = dataset.shapes
-    size = dataset.batch_size
-    assert size is not None
+    size = cast(int, dataset.batch_size)
     # Those that a process makes ahead, and one that the trainer is at.
     buffers = functools.partial(Pool, workers, PREFETCH + 1)
     ending = torch.zeros(1, dtype=torch.uint8).share_memory_()

@@ -127,6 +127,7 @@ def check(config: Config, need_data: bool = True) -> Plan:
     plan = Plan(config, vae_facts(config.data.vae), text_facts(config.data.text_encoder), {})
     for name, stage in config.stages.items():
         _check_sizes(plan, name, stage)
+    initial.check(plan, network_config(plan, next(iter(config.stages.values()))))
     try:
         data = _find_data(plan)
     except MissingData:
@@ -136,7 +137,7 @@ def check(config: Config, need_data: bool = True) -> Plan:
     for name, sources in data.items():
         _check_enough(config, name, sources)
     plan = Plan(config, plan.vae, plan.text, data)
-    initial.check(plan)
+    initial.check_encoders(plan)
     return plan
 
 

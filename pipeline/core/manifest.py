@@ -53,10 +53,15 @@ class LatentsManifest(Strict):
     latents: str  # raw, before shift and scale: the posterior's "mean", a "sample" of it drawn by
     # (seed, key), or its "moments": mean and log variance, (2 channels, side, side)
     small: str = "reject"  # or "upscale": what became of pictures below the resolution
-    dtype: str  # of the stored array (channels, side, side)
+    dtype: str  # of the stored array
     samples: int = 0
     splits: dict[str, int] = {}
     shards: int = 0
+
+    def shape(self) -> tuple[int, int, int]:
+        """Of a stored array: (channels, side, side), moments twice as deep."""
+        side = self.resolution // self.vae.downsample
+        return self.vae.channels * (2 if self.latents == "moments" else 1), side, side
 
 
 class TextManifest(Strict):

@@ -1,296 +1,261 @@
-"""Shards that are damaged, refused captions, many shards: what the trainer reads and says."""
+"""Files of a run that are empty, cut off or garbled: one line each, and nothing good is lost."""
 
 from __future__ import annotations
 
 import json
-import os
-import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from pipeline.core.errors import BrokenShard, SettingError
-from tests.training.groups import Encoders, make_source, settings
-from tests.training.test_loader import batches_of
-from training import heldout
-from training.config import resolve
-from training.loader import make_dataset, make_loader
-from training.mapped import MAPS, Maps, map_file
-from training.preflight import Plan, check
-from training.train import _message
+from pipeline.core.errors import SettingError
+from tests.training.runs import equal, make_toy, plan_of
+from training import assemble, journal
+from training.checkpoints import read
+from training.journal import Journal
+from training.train import main
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
 
 
-def plan_of(root: Path | str, encoders: Encoders, folder: Path, **data: Any) -> Plan:
-    raw = settings(Path("unset"), encoders, folder)
-    return check(resolve({**raw, "data": raw["data"] | {"root": str(root)} | data}))
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    raw = make_toy(tmp_path_factory.mktemp("damage"))
+    masked = raw["stages"]["masked"] | {"steps": 4, "save_every": 2, "warmup": 0}
+    stages = {"masked": masked, "full": {"steps": 4, "save_every": 2}}
+    return {**raw, "stages": stages, "evaluate": {"every": 0}, "checkpoint": {"keep": 2}}
 
 
-def one(root: Path, pattern: str) -> Path:
-    return sorted(root.glob(f"toy/{pattern}"))[0]
+@pytest.fixture(scope="module")
+def whole(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assemble.run(plan_of(data, run))
+    return run
 
 
-def write(data: bytes) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(data) and None
+@pytest.fixture
+def run(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+Start = Callable[..., tuple[int, list[str]]]
+
+
+@pytest.fixture
+def start(data: dict[str, Any], run: Path, capsys: pytest.CaptureFixture) -> Start:
+    """Exit code and the lines on standard error of the run's command with these arguments."""
+    path = run.parent / "run.yaml"
+    path.write_text(json.dumps({**data, "folder": str(run)}))
+
+    def start(*arguments: str) -> tuple[int, list[str]]:
+        capsys.readouterr()
+        code = main([str(path), *arguments])
+        return code, capsys.readouterr().err.splitlines()
+
+    return start
 
 
 def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size * 2 // 3)
-
-
-def empty(path: Path) -> None:
-    os.truncate(path, 0)
-
-
-def zeros(path: Path) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def remove(path: Path) -> None:
+    """Other bytes in a file of its own, as a copy that broke off leaves them."""
+    data = path.read_bytes()
     path.unlink()
+    path.write_bytes(data[: len(data) // 2])
 
 
-def garble(begin: int) -> Callable[[Path], None]:
-    """Other bytes from there on, as many."""
-
-    def change(path: Path) -> None:
-        data = bytearray(path.read_bytes())
-        data[begin : begin + 60] = bytes(255 for _ in data[begin : begin + 60])
-        path.write_bytes(data)
-
-    return change
-
-
-def edit(**fields: Any) -> Callable[[Path], None]:
-    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | fields)) and None
-
-
-def column(name: str, values: list[Any]) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.table({name: values}), path)
-
-    return change
-
-
-MDS = [cut, empty, zeros, write(b"x" * 9000), garble(0), garble(4), garble(90)]
-JSON = [
-    empty,
-    cut,
-    *map(write, (b"{}", b"[]", b"null", b"7", b"\xff\xfe", b'{"shards": 1}')),
-]
-WRONG = [edit(shards=[1]), edit(inputs=[{}]), edit(version=7), edit(shards={"a": 1})]
-
-
-@pytest.mark.parametrize(
-    ("file", "damage"),
-    [
-        *(("latents/**/00000-*.mds", damage) for damage in MDS),
-        *(("text/**/00000-*.mds", damage) for damage in MDS),
-        *(("text/**/00000-*.parquet", damage) for damage in (cut, empty, zeros, column("a", [1]))),
-        ("text/**/00000-*.parquet", column("key", [b"\xff"])),
-        *(("latents/**/index.json", damage) for damage in (*JSON, *WRONG)),
-        *(("text/**/index.json", damage) for damage in (cut, write(b"[]"))),
-        *(("latents/**/manifest.json", damage) for damage in (*JSON, edit(vae=1, dtype=[]))),
-        *(("text/**/manifest.json", damage) for damage in (empty, edit(kind=["text"]))),
-        *(("latents/**/commits/00000.json", damage) for damage in (*JSON, edit(files=[1]))),
-        *(("text/**/commits/00000.json", damage) for damage in (cut, edit(files={"a": {}}))),
-    ],
-)
-def test_damage_is_a_line_that_names_file_and_remedy(
-    tmp_path: Path, encoders: Encoders, file: str, damage: Callable[[Path], None]
-) -> None:
-    make_source(tmp_path, encoders)
-    path = one(tmp_path, file)
-    damage(path)
-    with pytest.raises((BrokenShard, SettingError)) as error:
-        list(make_dataset(plan_of(tmp_path, encoders, tmp_path / "run"), "masked"))
-    message = str(error.value)
-    assert str(path) in message
-    assert f"`pipeline verify --repair --source toy --root {tmp_path}`" in message
-    assert "\n" not in message
-    assert len(message) < 700
-
-
-@pytest.mark.parametrize("name", ["manifest.json", "commits/00000.json"])
-def test_a_newer_version_is_no_damage(tmp_path: Path, encoders: Encoders, name: str) -> None:
-    make_source(tmp_path, encoders)
-    edit(schema=2, schema_version=2)(one(tmp_path, f"latents/**/{name}"))
-    with pytest.raises(SettingError, match=r"schema 2, .*upgrade the package"):
-        list(make_dataset(plan_of(tmp_path, encoders, tmp_path / "run"), "masked"))
-
-
-def flip(path: Path) -> None:
+def garble(path: Path) -> None:
     data = bytearray(path.read_bytes())
-    data[-9] ^= 1
+    middle = len(data) // 2
+    data[middle : middle + 64] = bytes(value ^ 255 for value in data[middle : middle + 64])
+    path.unlink()
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("kind", ["latents", "text"])
-def test_hashes_are_compared_where_asked_for(tmp_path: Path, encoders: Encoders, kind: str) -> None:
-    make_source(tmp_path, encoders)
-    path = one(tmp_path, f"{kind}/**/00001-*.mds")
-    list(make_dataset(plan_of(tmp_path, encoders, tmp_path / "run", check_hashes=True), "masked"))
-    flip(path)
-    list(make_dataset(plan_of(tmp_path, encoders, tmp_path / "run"), "masked"))
-    plan = plan_of(tmp_path, encoders, tmp_path / "run", check_hashes=True)
-    with pytest.raises(BrokenShard, match=rf"{path} differs from its commit record"):
-        list(make_dataset(plan, "masked"))
-
-
-@pytest.mark.parametrize("damage", [cut, empty, zeros, flip, remove])
-@pytest.mark.parametrize("file", ["latents/**/00002-*.mds", "text/**/00002-*.mds"])
-def test_held_out_shards(
-    tmp_path: Path, encoders: Encoders, file: str, damage: Callable[[Path], None]
-) -> None:
-    make_source(tmp_path, encoders)
-    path = one(tmp_path, file)
-    plan = plan_of(tmp_path, encoders, tmp_path / "run", check_hashes=True)
-    damage(path)
-    with pytest.raises(BrokenShard, match=rf"{path} .*verify --repair"):
-        heldout.read(plan, "masked", "heldout", 8)
-    plan = plan_of(tmp_path, encoders, tmp_path / "run", check_hashes=True, skip_damaged=True)
-    assert heldout.read(plan, "masked", "heldout", 8) == []
-
-
-def test_a_shard_that_goes_while_it_is_read(tmp_path: Path, encoders: Encoders) -> None:
-    make_source(tmp_path, encoders)
-    dataset = make_dataset(plan_of(tmp_path, encoders, tmp_path / "run"), "masked")
-    path = one(tmp_path, "latents/**/00001-*.mds")
+def empty(path: Path) -> None:
     path.unlink()
-    with pytest.raises(BrokenShard, match=f"{path} is missing"):
-        list(dataset)
+    path.touch()
 
 
-def test_a_loader_process_says_it_in_a_line(tmp_path: Path, encoders: Encoders) -> None:
-    make_source(tmp_path, encoders)
-    path = one(tmp_path, "latents/**/00001-*.mds")
-    cut(path)
-    dataset = make_dataset(plan_of(tmp_path, encoders, tmp_path / "run"), "masked")
-    with pytest.raises(BrokenShard) as error:
-        list(make_loader(dataset, 1, trimmed=True))
-    assert _message(error.value).startswith(f"{path} has ")
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe{}", b"[" * 100_000])
+@pytest.mark.parametrize("name", ["full/settings.json", "masked/settings.json"])
+def test_settings_json(run: Path, start: Start, name: str, content: bytes) -> None:
+    (run / name).write_bytes(content)
+    code, lines = start()
+    assert (code, len(lines)) == (2, 1)
+    assert lines[0].startswith(f"train: {run / name}: ")
+    assert "put it back, or remove it" in lines[0]
+    (run / name).unlink()
+    assert start()[0] == 0
 
 
-# --- Skipping them
+@pytest.mark.parametrize("content", [b"", b"[{", b"{}", b"[3]", b'[{"to": "4"}]'])
+def test_rollbacks_json(run: Path, start: Start, content: bytes) -> None:
+    (run / "full/model.safetensors").unlink()  # so that it goes on
+    (run / "full/rollbacks.json").write_bytes(content)
+    code, lines = start()
+    assert code == 2
+    assert lines[-1].startswith(f"train: {run}/full/rollbacks.json: ")
+    assert "remove it: the stage's checkpoint knows" in lines[-1]
 
 
-@pytest.mark.parametrize("file", ["latents/**/00001-*.mds", "text/**/00001-*.mds"])
-@pytest.mark.parametrize("damage", [cut, remove])
-def test_damaged_shards_are_skipped_where_asked_for(
-    tmp_path: Path,
-    encoders: Encoders,
-    file: str,
-    damage: Callable[[Path], None],
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("content", [b"", b'{"schema": 1', b"[]", b"{}", b'{"schema": 1}'])
+def test_a_list_of_dropped_samples(
+    data: dict[str, Any], run: Path, start: Start, content: bytes
 ) -> None:
-    make_source(tmp_path, encoders)
-    damage(one(tmp_path, file))
-    plan = plan_of(tmp_path, encoders, tmp_path / "run", skip_damaged=True)
-    dataset = make_dataset(plan, "masked")
-    samples = list(dataset)
-    assert len(samples) == 40
-    assert {sample["key"][:5] for sample in samples} == {"00000"}
-    assert dataset.damaged() == [("toy", "00001")]
-    said = capsys.readouterr().err
-    assert said.count("shard 00001 of toy is left out from here on (1 of 2 shards)") == 1
-    assert "pipeline verify --repair --source toy" in said
-    batches = batches_of(plan, 0)
-    for other in (batches_of(plan, 2), batches_of(plan, 0, skip=3)):
-        for a, b in zip(batches, other, strict=True):
-            assert torch.equal(a["latents"], b["latents"])
-            assert torch.equal(a["drop"], b["drop"])
-
-
-def test_a_resumed_run_skips_the_same_shards(tmp_path: Path, encoders: Encoders) -> None:
-    """Also where they were put right in between."""
-    make_source(tmp_path, encoders)
-    path = one(tmp_path, "latents/**/00001-*.mds")
-    sound = path.read_bytes()
-    cut(path)
-    plan = plan_of(tmp_path, encoders, tmp_path / "run", skip_damaged=True)
-    loader = make_loader(make_dataset(plan, "masked"), 0, trimmed=True)
-    iterator = iter(loader)
-    for _ in range(2):
-        next(iterator)
-    state = json.loads(json.dumps(loader.state_dict()))
-    assert state["damaged"] == [["toy", "00001"]]
-    expected = list(iterator)
-    path.write_bytes(sound)
-    dataset = make_dataset(plan, "masked")
-    resumed = make_loader(dataset, 0, trimmed=True)
-    resumed.load_state_dict(state)
-    for a, b in zip(expected, resumed, strict=True):
-        assert torch.equal(a["latents"], b["latents"])
-    assert "damaged" not in make_loader(make_dataset(plan, "masked"), 0, True).state_dict()
-
-
-def test_a_source_that_is_damaged_whole_ends_the_run(tmp_path: Path, encoders: Encoders) -> None:
-    make_source(tmp_path, encoders)
-    for path in tmp_path.glob("toy/latents/**/*.mds"):
-        cut(path)
-    plan = plan_of(tmp_path, encoders, tmp_path / "run", skip_damaged=True)
-    with pytest.raises(BrokenShard, match="toy: too many of its shards are damaged"):
-        list(make_dataset(plan, "masked"))
-
-
-# --- Captions that were rejected
-
-
-def test_pictures_without_a_caption_are_left_out(tmp_path: Path, encoders: Encoders) -> None:
-    refused = ("000000003", "000010000", "000020001")
-    make_source(tmp_path, encoders, refused=refused)
-    plan = plan_of(tmp_path, encoders, tmp_path / "run")
-    (source,) = plan.data["masked"]
-    assert (source.samples, source.left_out) == (38, {"without a caption": 2})
-    dataset = make_dataset(plan, "masked")
-    keys = {dataset[i]["key"] for i in range(dataset.size)}
-    assert len(keys) == 38
-    assert not keys & {*refused}
-    held = [picture.key for picture in heldout.read(plan, "masked", "heldout", 3)]
-    assert held == ["000020000", "000020002", "000020003"]
-
-
-def test_a_shard_without_any_caption_is_left_out(tmp_path: Path, encoders: Encoders) -> None:
-    make_source(tmp_path, encoders, refused=tuple(f"00001{i:04d}" for i in range(20)))
-    plan = plan_of(tmp_path, encoders, tmp_path / "run")
-    assert plan.data["masked"][0].left_out == {"without a caption": 20}
-    assert {sample["key"][:5] for sample in make_dataset(plan, "masked")} == {"00000"}
-
-
-# --- Many of them
-
-
-def test_more_shards_than_descriptors(tmp_path: Path, encoders: Encoders) -> None:
-    make_source(tmp_path, encoders, samples=2, splits=("train",) * 30)
-    dataset = make_dataset(plan_of(tmp_path, encoders, tmp_path / "run"), "masked")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = max(map(int, os.listdir("/proc/self/fd")))
+    """Never passed over: it says what must not be trained on."""
+    path = Path(data["data"]["root"], "toy/drops/1.json")
+    path.parent.mkdir()
+    path.write_bytes(content)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 12, hard))
-        kept = [dataset[i] for i in range(dataset.size)]
+        code, lines = start()
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert len({sample["key"] for sample in kept}) == 60
-    assert [int(sample["latent"][0, 0, 0]) for sample in kept] == [0, 1] * 30
+        shutil.rmtree(path.parent)
+    assert (code, len(lines)) == (2, 1)
+    assert lines[0].startswith(f"train: {path}: damaged, so nobody can tell what it took out")
 
 
-def test_maps_are_bounded_and_end_with_their_last_view(tmp_path: Path) -> None:
-    maps, path = Maps(2), tmp_path / "file"
-    path.write_bytes(b"0123456789")
-    view = np.frombuffer(map_file(str(path), 10), np.uint8)[2:4]
-    for number in range(5):
-        maps.add(str(number), map_file(str(path), 10))
-    assert len(maps) == 2
-    assert bytes(view) == b"23"
-    assert str(path) in Path("/proc/self/maps").read_text()
-    del view
-    maps.forget_deleted()
-    assert len(maps) == 0
-    assert str(path) not in Path("/proc/self/maps").read_text()
-    assert MAPS < 65530 // 2
+@pytest.mark.parametrize("damage", [empty, cut])
+def test_weights_of_the_last_stage_are_written_again(
+    whole: Path, run: Path, start: Start, damage: Callable[[Path], None]
+) -> None:
+    model = run / "full/model.safetensors"
+    damage(model)
+    code, lines = start("logging.every=3")
+    assert code == 0
+    assert any(line.startswith(f"{model}: it is ") for line in lines)
+    for name in ("full/model.safetensors", "model.safetensors"):
+        assert equal(run / name, whole / name)
+
+
+def test_damaged_weights_never_replace_those_of_the_run(
+    whole: Path, run: Path, start: Start
+) -> None:
+    model = run / "full/model.safetensors"
+    empty(model)
+    for path in (run / "full").glob("*.pt"):
+        path.unlink()
+    code, lines = start()
+    assert code == 2
+    assert lines[-1].startswith(f"train: {model}: it is empty, and no checkpoint of the stage is ")
+    assert equal(run / "model.safetensors", whole / "model.safetensors")
+
+
+def test_damaged_weights_of_a_stage_that_another_began_from(
+    whole: Path, run: Path, start: Start
+) -> None:
+    model = run / "masked/model.safetensors"
+    empty(model)
+    code, lines = start()
+    assert (code, len(lines)) == (2, 1)
+    assert lines[0].startswith(f"train: {model} is empty, and stage full began from it; put ")
+    assert start("stage=masked")[0] == 0
+    assert equal(model, whole / "masked/model.safetensors")
+    assert equal(run / "model.safetensors", whole / "model.safetensors")  # not those of masked
+
+
+@pytest.mark.parametrize("damage", [empty, cut, garble])
+def test_the_checkpoint_before_a_damaged_one(
+    whole: Path, run: Path, start: Start, damage: Callable[[Path], None]
+) -> None:
+    (run / "full/model.safetensors").unlink()
+    last, before = run / "full/step-00000004.pt", run / "full/step-00000002.pt"
+    damage(last)
+    code, lines = start()
+    assert code == 2
+    assert lines[-1].startswith(f"train: {last}: it is ")
+    assert f"the one before it is {before}: put a whole copy there, or set che" in lines[-1]
+    code, lines = start("checkpoint.skip_damaged=true")
+    assert code == 0
+    assert "stage full: 4 steps, goes on after 2" in lines
+    assert (run / "full/step-00000004.pt.damaged").exists()
+    assert equal(run / "model.safetensors", whole / "model.safetensors")
+
+
+def test_no_checkpoint_before_a_damaged_one(whole: Path, run: Path, start: Start) -> None:
+    (run / "full/model.safetensors").unlink()
+    (run / "full/step-00000002.pt").unlink()
+    cut(run / "full/step-00000004.pt")
+    code, lines = start()
+    assert code == 2
+    assert "none is before it: put a whole copy there, or set checkpoint.skip_dam" in lines[-1]
+    assert start("checkpoint.skip_damaged=true")[0] == 0
+    assert equal(run / "model.safetensors", whole / "model.safetensors")
+
+
+def test_the_checkpoint_that_the_next_stage_begins_with(run: Path, start: Start) -> None:
+    shutil.rmtree(run / "full")
+    garble(run / "masked/step-00000004.pt")
+    code, lines = start()
+    assert code == 2
+    assert lines[-1].startswith(f"train: {run}/masked/step-00000004.pt: it is damaged (")
+    assert "and stage full begins with it; put it back, or remove" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [[], 3, {"state": []}, {"state": {"run_name": 3}}, "weights", "callbacks"],
+    ids=str,
+)
+def test_a_whole_file_that_is_no_checkpoint(run: Path, state: Any) -> None:
+    path = run / "full/step-00000004.pt"
+    if isinstance(state, str):
+        whole = torch.load(path, weights_only=True)
+        whole["state"]["model" if state == "weights" else "callbacks"] = {"x": 3}
+        state = whole
+    torch.save(state, path)
+    with pytest.raises(SettingError, match=r"step-00000004.pt: no checkpoint of this trainer") as e:
+        read(path)
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_a_damaged_copy_is_not_taken(
+    data: dict[str, Any], whole: Path, run: Path, start: Start, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    (copy / "full/model.safetensors").unlink()
+    cut(copy / "full/step-00000004.pt")
+    shutil.rmtree(run)
+    code, lines = start(f"checkpoint.remote={copy}")
+    assert code == 2
+    assert lines[-1].startswith(f"train: checkpoint.remote: {copy}/full/step-00000004.pt: it is c")
+    assert not (run / "full/step-00000004.pt").exists()
+    (copy / "full/step-00000004.pt").unlink()
+    assert start(f"checkpoint.remote={copy}")[0] == 0
+    assert equal(run / "model.safetensors", whole / "model.safetensors")
+
+
+def test_a_damaged_checkpoint_is_fetched_again(whole: Path, run: Path, start: Start) -> None:
+    (run / "full/model.safetensors").unlink()
+    garble(run / "full/step-00000004.pt")
+    assert start(f"checkpoint.remote={whole}")[0] == 0
+    assert equal(run / "model.safetensors", whole / "model.safetensors")
+
+
+BROKEN = [b"\xff\xfe\n", b"3\n", b"{}\n", b'{"step": 2, "train/l\n', b'{"step": "2"}\n', b"\n"]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_line_of_a_journal(tmp_path: Path, broken: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [b'{"step": 1, "train/loss": 2.0}\n', broken, b'{"step": 3, "train/loss": null}\n']
+    path.write_bytes(b"".join(rows) + b'{"step": 4, "tr')
+    assert [row["step"] for row in journal.read(path)] == [1, 3]
+    assert journal.last(path, "train/loss") == 2.0
+    assert Journal(path).cut(3) == 1
+    assert path.read_bytes() == rows[0] + rows[2]
+    assert Journal(path).cut(1) == 0
+    assert path.read_bytes() == rows[0]
+
+
+def test_a_stage_goes_on_over_a_broken_journal(run: Path, start: Start) -> None:
+    (run / "full/model.safetensors").unlink()
+    (run / "full/step-00000004.pt").unlink()
+    path = run / "full/metrics.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'{"step": 1,', b'{"step": 1,{'))
+    code, lines = start()
+    assert code == 0
+    assert "full 2/4  metrics.jsonl: 1 broken lines left out" in lines
+    assert [row["step"] for row in journal.read(path)] == [2, 3, 4]
