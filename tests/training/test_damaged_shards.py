@@ -33,8 +33,8 @@ def one(root: Path, pattern: str) -> Path:
     return sorted(root.glob(f"toy/{pattern}"))[0]
 
 
-def write(data: bytes) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(data) and None
+def write(data: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(data)
 
 
 def cut(path: Path) -> None:
@@ -53,7 +53,7 @@ def remove(path: Path) -> None:
     path.unlink()
 
 
-def garble(begin: int) -> Callable[[Path], None]:
+def garble(begin: int) -> Callable[[Path], object]:
     """Other bytes from there on, as many."""
 
     def change(path: Path) -> None:
@@ -64,11 +64,11 @@ def garble(begin: int) -> Callable[[Path], None]:
     return change
 
 
-def edit(**fields: Any) -> Callable[[Path], None]:
-    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | fields)) and None
+def edit(**fields: Any) -> Callable[[Path], object]:
+    return lambda path: path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def column(name: str, values: list[Any]) -> Callable[[Path], None]:
+def column(name: str, values: list[Any]) -> Callable[[Path], object]:
     def change(path: Path) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -103,7 +103,7 @@ WRONG = [edit(shards=[1]), edit(inputs=[{}]), edit(version=7), edit(shards={"a":
     ],
 )
 def test_damage_is_a_line_that_names_file_and_remedy(
-    tmp_path: Path, encoders: Encoders, file: str, damage: Callable[[Path], None]
+    tmp_path: Path, encoders: Encoders, file: str, damage: Callable[[Path], object]
 ) -> None:
     make_source(tmp_path, encoders)
     path = one(tmp_path, file)
@@ -146,7 +146,7 @@ def test_hashes_are_compared_where_asked_for(tmp_path: Path, encoders: Encoders,
 @pytest.mark.parametrize("damage", [cut, empty, zeros, flip, remove])
 @pytest.mark.parametrize("file", ["latents/**/00002-*.mds", "text/**/00002-*.mds"])
 def test_held_out_shards(
-    tmp_path: Path, encoders: Encoders, file: str, damage: Callable[[Path], None]
+    tmp_path: Path, encoders: Encoders, file: str, damage: Callable[[Path], object]
 ) -> None:
     make_source(tmp_path, encoders)
     path = one(tmp_path, file)
@@ -186,7 +186,7 @@ def test_damaged_shards_are_skipped_where_asked_for(
     tmp_path: Path,
     encoders: Encoders,
     file: str,
-    damage: Callable[[Path], None],
+    damage: Callable[[Path], object],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     make_source(tmp_path, encoders)
@@ -227,7 +227,7 @@ def test_a_resumed_run_skips_the_same_shards(tmp_path: Path, encoders: Encoders)
     resumed.load_state_dict(state)
     for a, b in zip(expected, resumed, strict=True):
         assert torch.equal(a["latents"], b["latents"])
-    assert "damaged" not in make_loader(make_dataset(plan, "masked"), 0, True).state_dict()
+    assert "damaged" not in (make_loader(make_dataset(plan, "masked"), 0, True).state_dict() or ())
 
 
 def test_a_source_that_is_damaged_whole_ends_the_run(tmp_path: Path, encoders: Encoders) -> None:
