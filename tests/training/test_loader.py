@@ -414,7 +414,7 @@ def test_scores_read_the_mean_of_moments(
 ) -> None:
     shards: dict[str, dict[str, np.ndarray]] = {}
 
-    def join(store: Store, images: str, shard: str, stored: dict[str, np.ndarray]) -> list[str]:
+    def join(store: Any, images: str, shard: str, stored: dict[str, Any], crop: Any) -> list[str]:
         shards[shard] = stored
         return [*stored]
 
