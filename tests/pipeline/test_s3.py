@@ -416,6 +416,7 @@ def test_the_trainer_streams_from_the_store_and_its_checkpoint_paints(proxy, mad
         *("composer", "training/train.py", "yamls/demo.yaml", f"data.root={made}"),
         *("data.captions=alt:0.5,colour:0.5", "defaults.resolution=64", "defaults.batch_size=4"),
         *("stages.masked.steps=4", "stages.masked.warmup=2", "stages.full.steps=3"),
+        "data.workers=2",  # whose clients are not those of the trainer
     ]
     generate = [
         *(sys.executable, "-m", "training.generate", "--checkpoint", "runs/demo"),

@@ -21,7 +21,6 @@ from pipeline.core import layout
 from pipeline.core.errors import SettingError
 from pipeline.core.latents import to_model
 from pipeline.core.manifest import VaeFacts
-from pipeline.core.store import Store
 from tests.training.groups import Encoders, make_source, open_text, settings
 from training import scores, shard_files, text
 from training.buffers import Pool
