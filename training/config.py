@@ -3,6 +3,7 @@ them is a line each. No torch here."""
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.core.errors import SettingError, nearest
+from pipeline.core.location import located
+from pipeline.core.nulls import instead_of_null
+from pipeline.core.text_files import read_yaml_text
+from training import initial
 from training.masking.ratio import RatioSchedule
 from training.settings import Config
 from training.stage_settings import NOISE, Section, Stage
@@ -33,17 +38,18 @@ def load(arguments: Sequence[str]) -> Config:
             f"give one YAML file, then dotted.key=value; files given: {shown}. "
             "For example: composer training/train.py yamls/demo.yaml stages.full.lr=1e-3"
         )
-    return resolve(_read(Path(files[0]), [a for a in arguments if "=" in a]))
+    return resolve(_read(Path(located(files[0])), [a for a in arguments if "=" in a]))
 
 
 def resolve(raw: dict[str, Any]) -> Config:
     """A nested mapping as a YAML file holds it -> the config, each stage completed by `defaults`,
-    then by what the objective and `fidelity` imply.
+    then by what the objective and `fidelity` imply; and by what `init_from`'s weights say of
+    themselves.
 
     Raises:
         SettingError: a key that is unknown or missing, or a value of a wrong type; a line each.
     """
-    raw = dict(raw)
+    raw = dict(initial.completed(raw))
     defaults = _mapping(raw.pop("defaults", None), "defaults")
     stages = _mapping(raw.get("stages"), "stages")
     if not stages:
@@ -95,7 +101,7 @@ def _file(path: Path, above: tuple[Path, ...]) -> dict[Any, Any]:
     if path.resolve() in [other.resolve() for other in above]:
         raise SettingError(f"base: {shown}: a file cannot be its own base; remove one of them")
     try:
-        file = OmegaConf.to_container(OmegaConf.load(path))
+        file = OmegaConf.to_container(OmegaConf.load(io.StringIO(read_yaml_text(path))))
     except OSError as error:
         near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")])
         raise SettingError(f"{shown}: {error.strerror}{near}") from error
@@ -108,7 +114,7 @@ def _file(path: Path, above: tuple[Path, ...]) -> dict[Any, Any]:
     base = file.pop("base")
     if not isinstance(base, str):
         raise SettingError(f"{path}: base={base!r}: give one YAML file, relative to this one")
-    return _merged(_file(path.parent / base, (*above, path)), file)
+    return _merged(_file(path.parent / located(base), (*above, path)), file)
 
 
 def _merged(base: Any, change: Any) -> Any:
@@ -153,12 +159,22 @@ def _line(error: ErrorDetails, prefix: list[str]) -> str:
         return f"{key}: missing; give it a value{where}"
     if error["type"] == "value_error":
         return f"{key}: {error['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+    if error["input"] is None:
+        return f"{key}=null: {_instead_of_null(path)}"
     shown = repr(error["input"])
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     message = f"{key}={shown}: {error['msg'][0].lower()}{error['msg'][1:]}"
     if error["type"] == "literal_error":
         message += nearest(str(error["input"]), re.findall("'(.*?)'", error["msg"]))
     return message
+
+
+def _instead_of_null(path: list[str]) -> str:
+    if path[0] == "defaults":
+        return instead_of_null(Stage, path[1:])
+    if path[0] == "stages":
+        return instead_of_null(Stage, path[2:])
+    return instead_of_null(Config, path)
 
 
 def _suggest(path: list[str]) -> str:

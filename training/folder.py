@@ -20,11 +20,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.disk import second_name
 from pipeline.core.errors import SettingError
 from pipeline.core.store import Store, fingerprint
 from training import header, initial
@@ -33,6 +33,8 @@ from training.preflight import Plan
 MODEL = "model.safetensors"
 SETTINGS = "settings.json"
 ROLLBACKS = "rollbacks.json"
+#: Settings of `data` that decide no result of a sound root, or are written in another way.
+FREE = {"root", "workers", "cache", "cache_limit", "check_hashes", "skip_damaged", "sources"}
 WEIGHTS_BEFORE = "weights_before"  # in a stage's settings: sha256 of the file it goes on from
 
 
@@ -213,7 +215,7 @@ def decisive_settings(plan: Plan, name: str) -> dict[str, Any]:
     the guard, which is wanted where a stage that was begun is in trouble."""
     config, stage, source = plan.config, plan.config.stages[name], plan.data[name][0]
     # Through JSON, so that it compares with what was written.
-    data = config.data.model_dump(mode="json", exclude={"root", "workers", "cache", "sources"})
+    data = config.data.model_dump(mode="json", exclude=FREE)
     own = stage.model_dump(mode="json", exclude={"save_every", "microbatch", "sources"})
     first = name == next(iter(config.stages))
     start = {"init_from": initial.content_hash(config)} if config.init_from and first else {}
@@ -244,10 +246,7 @@ def link(target: Path, name: Path) -> None:
     """The same file under a second name, replaced atomically; a copy where links do not work."""
     part = name.with_name(f".{name.name}.part")
     part.unlink(missing_ok=True)
-    try:
-        os.link(target, part)
-    except OSError:
-        shutil.copyfile(target, part)
+    second_name(target, part)
     os.replace(part, name)
 
 

@@ -13,6 +13,7 @@ import threading
 from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
+from typing import cast
 
 from pipeline.core import uploads
 from pipeline.core.errors import SettingError, StorageError
@@ -155,11 +156,11 @@ class Mirror:
 
     def _copy(self, path: Path) -> str:
         """Why it failed; "" where it did not."""
-        assert self._store is not None
+        store = cast(Store, self._store)  # else there is no thread
         try:
-            self._store.upload(path, path.relative_to(self._folder).as_posix())
+            store.upload(path, path.relative_to(self._folder).as_posix())
             if path.match(_CHECKPOINTS):
-                self._prune(path.parent.name)
+                self._prune(store, path.parent.name)
         except StorageError as error:
             if not path.exists():
                 return ""  # replaced while its turn came
@@ -168,10 +169,9 @@ class Mirror:
             return str(error)
         return ""
 
-    def _prune(self, stage: str) -> None:
-        assert self._store is not None
-        for name in _matching(self._store.names(stage), _CHECKPOINTS)[: -self._keep]:
-            self._store.delete(f"{stage}/{name}")
+    def _prune(self, store: Store, stage: str) -> None:
+        for name in _matching(store.names(stage), _CHECKPOINTS)[: -self._keep]:
+            store.delete(f"{stage}/{name}")
 
 
 def fetch(plan: Plan) -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from pipeline.core import process, remote
+from pipeline.core.disk import sync_folder
 from pipeline.core.errors import StorageError
 
 TEMPORARY = ".tmp-"  # marks a file in the making; its process and a random part follow
@@ -162,7 +163,7 @@ class Store:
             with open(source, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(source, target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
 
     def upload(self, source: Path, path: str) -> None:
         """A copy of a local file of any size appears whole, under its final name, or not at all."""
@@ -318,7 +319,7 @@ def _appearing(target: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def canonical_json(value: Any, indent: int | None = None) -> bytes:
@@ -374,11 +375,3 @@ def _files(folder: str) -> Iterator[str]:
 
     for path, _, names in os.walk(folder, onerror=refused):
         yield from (os.path.join(path, name) for name in names)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BeforeValidator, Field
 
+from pipeline.core.location import Location
 from pipeline.sources.tables.url_table import UrlList
 from pipeline.sources.urls import Urls
 from pipeline.sources.web.http import listed
@@ -37,7 +38,7 @@ CLASSES = (
 class CifarCaptions(Urls):
     """Settings beyond those of `urls`."""
 
-    url_list: Annotated[str, Field(min_length=1)] = "hf://datasets/kakaobrain/coyo-700m/data"
+    url_list: Annotated[Location, Field(min_length=1)] = "hf://datasets/kakaobrain/coyo-700m/data"
     caption_col: Annotated[str, Field(min_length=1)] = "text"  # pyright: ignore
 
     #: Words, or phrases, of which one must stand in the text; "car" and "plane" are not among them.

@@ -17,13 +17,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from pipeline.core import layout
 from pipeline.core.errors import SettingError, StorageError
 from pipeline.core.images import BadPicture
+from pipeline.core.location import Location
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import FAILED, ImageRef, InputShard, RawImage, Reject, sample_key
 from pipeline.core.store import Store, fingerprint
@@ -74,7 +75,7 @@ class Folder(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     rules: ClassVar[Rules] = Rules()
 
-    folder: str  # a path, or s3://, gs://, any fsspec URL; sub-folders are searched too
+    folder: Location  # a path, or s3://, gs://, any fsspec URL; sub-folders are searched too
     #: A csv, tsv, jsonl or parquet file in the folder that names the pictures; "": all there are.
     table: str = ""
     image_col: str = "file_name"  # of the table; names are relative to the folder
@@ -165,8 +166,7 @@ class Folder(BaseModel):
                 if isinstance(text, str) and isinstance(data, bytes):
                     yield RawImage(ref, data)
                     continue
-                problem = data
-                assert isinstance(problem, BadPicture)
+                problem = cast(BadPicture, data)
                 foreseen = not self.table and _ending(file.row.name) in NO_PICTURES
                 yield Reject(file.key, "download", problem.reason, str(problem), ref, foreseen)
 
@@ -189,7 +189,7 @@ class Folder(BaseModel):
     # Enumeration.
 
     def _store(self) -> Store:
-        return Store(os.path.expanduser(self.folder))
+        return Store(self.folder)
 
     def _listing(self) -> dict[str, Listed]:
         """Name -> file, hidden ones left out."""

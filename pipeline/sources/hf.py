@@ -20,6 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from pipeline.core.errors import SettingError, nearest
+from pipeline.core.location import Location
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
 from pipeline.core.spool import scratch
@@ -41,7 +42,7 @@ class HubDataset(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     rules: ClassVar[Rules] = Rules()
 
-    repo: str  # "OWNER/NAME", "OWNER/NAME@REVISION"; or a folder of parquet files, or s3://…
+    repo: Location  # "OWNER/NAME", "OWNER/NAME@REVISION"; or a folder of parquet files, or s3://…
     #: Splits to take, separated by commas; "validation=val" takes one under another name. Only
     #: "train" is trained on. A file belongs to the split that is a word of its path.
     splits: str = "train"
@@ -103,7 +104,7 @@ class HubDataset(BaseModel):
 
     @property
     def _on_hub(self) -> bool:
-        if "://" in self.repo.removeprefix(_HUB) or Path(self.repo).expanduser().is_dir():
+        if "://" in self.repo.removeprefix(_HUB) or Path(self.repo).is_dir():
             return False
         if re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", self.repo.removeprefix(_HUB)) is None:
             raise SettingError(f"repo={self.repo}: no such folder, and no OWNER/NAME of the hub")
@@ -146,7 +147,7 @@ class HubDataset(BaseModel):
         return found
 
     def _store(self) -> Store:
-        return Store(os.path.expanduser(self.repo))
+        return Store(self.repo)
 
     def _url(self, path: str) -> str:
         """Where transfer.local finds a file."""

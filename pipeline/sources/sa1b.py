@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from pipeline.core.errors import SettingError
+from pipeline.core.location import Location
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import InputShard, RawImage, Reject
 from pipeline.sources.files import archives, transfer
@@ -40,8 +41,8 @@ class SA1B(Hosted):
 
     #: Meta's list: a TSV with the columns file_name and cdn_link, a path or URL that every worker
     #: can read; from https://ai.meta.com/datasets/segment-anything-downloads/.
-    links: str = Field(default="", repr=False)  # it may be a signed URL itself
-    archives: str = ""  # instead of links: a folder that has the tars
+    links: Location = Field(default="", repr=False)  # it may be a signed URL itself
+    archives: Location = ""  # instead of links: a folder that has the tars
     #: "none": the caption stage writes them. "pixart": published ones; pictures without are
     #: rejected.
     captions: Literal["none", "pixart"] = "none"
@@ -95,7 +96,7 @@ class SA1B(Hosted):
                 "that has the tars)"
             )
         if self.archives:
-            found = {p.name: str(p) for p in Path(self.archives).expanduser().glob("sa_*.tar")}
+            found = {p.name: str(p) for p in Path(self.archives).glob("sa_*.tar")}
             if not found:
                 raise SettingError(f"archives={self.archives}: has no sa_*.tar")
             return found

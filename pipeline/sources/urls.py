@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, PrivateAttr
 
 from pipeline.core.errors import SettingError
+from pipeline.core.location import Location
 from pipeline.core.rules import Rules
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
 from pipeline.core.store import Store
@@ -38,7 +39,7 @@ class Urls(HttpSettings):
 
     rules: ClassVar[Rules] = Rules()
 
-    url_list: Annotated[str, Field(min_length=1)]  # a file, or a folder of files of one format
+    url_list: Annotated[Location, Field(min_length=1)]  # a file, or a folder of files of one format
     input_format: Literal[("auto", *ENDINGS)] = "auto"  # pyright: ignore
     url_col: str = "url"
     #: None, or empty: pictures without captions, for a captioner to write.
@@ -114,7 +115,8 @@ class Urls(HttpSettings):
         )
 
     def _place(self) -> tuple[Store, str]:
-        assert self._kept is not None, "attach() comes first"
+        if self._kept is None:
+            raise RuntimeError("attach() comes first")
         return Store(self._kept[0]), self._kept[1]
 
     def _fault(self, key: str, row: Row) -> Reject | None:

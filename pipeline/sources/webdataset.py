@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -16,6 +15,7 @@ from pydantic import Field, field_validator
 
 from pipeline.core import remote
 from pipeline.core.errors import SettingError
+from pipeline.core.location import located
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
 from pipeline.sources.files import archives, hub, transfer
@@ -60,7 +60,7 @@ class WebDataset(Hosted):
     def _no_users(cls, value: str) -> str:
         if re.search(r"//[^/\s]*@", value.replace("hf://datasets/", "")):
             raise ValueError("must hold no user or password")
-        return " ".join(map(os.path.expanduser, value.split()))
+        return " ".join(map(located, value.split()))
 
     def bases(self) -> list[str]:
         hosts = [_hub_base(word) for word in f"{self.tars} {self.sidecar}".split()]
