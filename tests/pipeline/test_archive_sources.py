@@ -605,6 +605,18 @@ def test_one_caption_that_is_no_utf8_costs_one_sample(store, tmp_path):
     assert found == [("success", "zero"), ("caption-encoding", None), ("success", "two")]
 
 
+def test_a_share_of_the_tars_is_held_out_by_their_names():
+    def held(tars: str) -> set[str]:
+        shards = WebDataset(tars=tars, holdout=0.1).shards()
+        return {shard.spec[0] for shard in shards if shard.split == "heldout"}
+
+    found = held("t-{000..299}.tar")
+    assert 15 <= len(found) <= 45
+    assert held("t-{150..299}.tar t-{000..099}.tar") == {
+        t for t in found if not "100" <= t[2:5] < "150"
+    }
+
+
 def test_only_the_users_star_is_a_pattern(tmp_path):
     home = tmp_path / "set [1] {a}?"
     for name in ("a[0].tar", "ab.tar", "a?.tar"):
