@@ -49,6 +49,7 @@ class ImageSample:
     height: int
     original_width: int  # as it came, upright
     original_height: int
+    profile: str = ""  # what became of its colour profile: pipeline.core.colour's counters
 
     @cached_property
     def sha256(self) -> str:

@@ -79,15 +79,18 @@ class Folder(BaseModel):
     #: A csv, tsv, jsonl or parquet file in the folder that names the pictures; "": all there are.
     table: str = ""
     image_col: str = "file_name"  # of the table; names are relative to the folder
-    caption_col: str = "text"
+    caption_col: str = "text"  # of the table
     #: "own": from the table, or a text file beside each picture; "none": a captioner writes them.
     captions: Literal["own", "none"] = "own"
-    caption_extension: Annotated[str, Field(pattern=r"^\.\w+$")] = ".txt"
+    caption_extension: Annotated[str, Field(pattern=r"^\.\w+$")] = (
+        ".txt"  # of texts beside pictures
+    )
     encoding: Encoding = "auto"  # of text files and tables: UTF-8, UTF-16, or as it says
     split: str = "train"  # any other is not trained on
     #: This share of the pictures, chosen by a hash of their names, is split "heldout".
     holdout: Share = 0.0
-    #: "auto": a sixteenth of the folder as it is first planned, at least 16 and at most 1000.
+    #: Pictures a shard; "auto": a sixteenth of the folder as it is first planned, at least 16 and
+    #: at most 1000.
     samples_per_shard: Annotated[
         Annotated[int, Field(ge=1, le=10_000)] | None,
         BeforeValidator(lambda value: None if value == "auto" else value),
@@ -169,6 +172,10 @@ class Folder(BaseModel):
                 problem = cast(BadPicture, data)
                 foreseen = not self.table and _ending(file.row.name) in NO_PICTURES
                 yield Reject(file.key, "download", problem.reason, str(problem), ref, foreseen)
+
+    def at_hand(self) -> bool:
+        """Whether its files are on this machine, to be looked at again at no cost."""
+        return self._store().local
 
     def decisive(self) -> dict[str, Any]:
         """A shard's spec says the rest: where the folder lies decides nothing."""

@@ -15,15 +15,16 @@ from pipeline.core.catalog import Catalog
 from pipeline.core.commits import MAX_REJECT_RATE
 from pipeline.core.errors import SettingError
 from pipeline.core.images import Crop, Small
-from pipeline.core.manifest import LatentsManifest, Manifest, TextManifest
 from pipeline.core.mds import check_options
+from pipeline.core.mix import Mix
 from pipeline.core.samples import InputShard
 from pipeline.core.store import Store
 from pipeline.core.tokens import row_bytes
 from pipeline.encoders import find_text, find_vae
 from pipeline.stages import Job, Needs, Worker
-from pipeline.stages.captions import ALT, Mix, upstream
+from pipeline.stages.captions import ALT, upstream
 from pipeline.stages.latents import Recipe
+from pipeline.stages.looks import findings
 
 VERSION = 3  # bump when the bytes this stage writes change
 THREADS = 1  # torch threads a worker on CPUs: part of what decides the last bit of a latent
@@ -123,6 +124,10 @@ class Encode:
         images = catalog.heads(layout.images_group(self.source))
         captions = upstream(catalog, self.source, self.mix, images)
         dropped = catalog.dropped(self.source)
+        mended = {
+            group: catalog.mended(group, findings(catalog, group))
+            for group in map(self.latents_group, self.settings.resolutions)
+        }
         settings = self.settings
         common: dict[str, Any] = {
             "stage": self.name,
@@ -143,6 +148,9 @@ class Encode:
             keys = dropped.get(shard, frozenset())
             own = {**common, "images": head.content, **drops.inputs(keys)}
             groups = {group: {**own, **inputs} for group, inputs in latents.items()}
+            for group, inputs in groups.items():
+                if kinds := mended[group].get(shard):
+                    inputs["mended"] = kinds
             if shard in captions:
                 groups[self.text_group()] = {**own, "captions_made": captions[shard], **text}
             yield Job(InputShard(shard, head.split), groups, keys, head.samples)
@@ -162,27 +170,6 @@ class Encode:
         if self.settings.device == "cpu":
             torch.set_num_threads(THREADS)
         return EncodeWorker(self, store, DECODE_THREADS if self.needs.gpus else 0)
-
-    def manifest(self, group: str) -> Manifest:
-        settings = self.settings
-        for resolution in settings.resolutions:
-            if group == self.latents_group(resolution):
-                return LatentsManifest(
-                    source=self.source,
-                    vae=self.vae,
-                    resolution=resolution,
-                    crop=settings.crop,
-                    small=settings.small,
-                    latents=settings.latents,
-                    dtype="float16",
-                )
-        return TextManifest(
-            source=self.source,
-            text_encoder=self.text,
-            text=settings.text,
-            captions=settings.captions,
-            dtype=settings.text_dtype,
-        )
 
     def latents_group(self, resolution: int) -> str:
         s = self.settings

@@ -49,11 +49,15 @@ def write_images(
     items: Iterable[ImageSample | Reject],
     started: float,
     max_reject_rate: float = MAX_REJECT_RATE,
+    reads_as: str = "",
 ) -> Commit:
     """NNNNN.tar (key.png, key.txt, key.json), NNNNN.parquet, NNNNN_stats.json, then the commit.
 
     One picture at a time is in memory. The stats file holds times, so no commit names it and
     nothing depends on it.
+
+    Args:
+        reads_as: content of the generation whose pictures and captions these are, in other bytes.
     """
     rows: list[dict[str, Any]] = []
     keys: list[str] = []
@@ -91,6 +95,7 @@ def write_images(
             keys=keys,
             rejects=rejects,
             max_reject_rate=max_reject_rate,
+            reads_as=reads_as,
         )
 
 

@@ -583,7 +583,7 @@ def test_a_table_of_captions_is_joined_by_the_whole_name(store, tmp_path, keys, 
     (tmp_path / "t.tar").write_bytes(upstream.tar((n, upstream.picture(d)) for n, d in pictures))
     texts = pa.array([f"of {key}" for key in keys]).dictionary_encode()
     pq.write_table(pa.table({"key": keys, "TEXT": texts}), tmp_path / "t.parquet")
-    settings = {"tars": str(tmp_path / "t.tar"), "caption": "parquet:TEXT"}
+    settings: dict[str, Any] = {"tars": str(tmp_path / "t.tar"), "caption": "parquet:TEXT"}
     wanted = [text and f"of {text}" for text in expected]
     run_here(Download("webdataset", WebDataset(**settings), max_reject_rate=1.0), store)
     assert [r["caption"] for r in rows(store, "webdataset", "00000")] == wanted

@@ -534,6 +534,16 @@ def test_a_list_becomes_tars_as_img2dataset_lays_them_out(tmp_path, store, web):
     assert plan(Download("urls", rude), Catalog(store)).stale
 
 
+def test_what_stands_around_a_link_is_no_part_of_it(tmp_path, store, web):
+    link = web.add("/0.jpg", photo(0))
+    path = tmp_path / "list.jsonl"
+    rows = [f"\ufeff{link}", f"\u00a0 {link}\u200b"]
+    path.write_text("".join(json.dumps({"url": row, "caption": "x"}) + "\n" for row in rows))
+    made = source(store, url_list=str(path))
+    found = list(made.fetch(made.shards()[0]))
+    assert [(item.ref.url, item.data) for item in found] == [(link, photo(0))] * 2
+
+
 def test_keys_are_those_of_img2dataset(tmp_path, store):
     made = source(store, url_list=csv_of(tmp_path / "l.csv", [("", str(i)) for i in range(12)]))
     assert made.number_sample_per_shard == 10_000

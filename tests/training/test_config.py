@@ -474,6 +474,43 @@ def test_unusable_files(tmp_path: Path, text: str, arguments: list[str], message
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("stages: {on: {steps: 0100}}", [], ""),
+        ("stages: {0100: {steps: 100}}", [], ""),
+        ("stages: {x: {steps: 1_000}}", [], "stages.x.steps='1_000': input should be a valid int"),
+        ("stages: {x: {steps: 100}}\n'': 3", [], "'': unknown key"),
+        ("stages: {x: {steps: 100}}\n'[a]': 3", [], "[a]: unknown key"),
+        ("stages: {x: {steps: 100, '[a]': 3}}", [], "stages.x.[a]: unknown key"),
+        ("stages: {x: {steps: 100}}", ["=3"], "=3: write dotted.key=value"),
+        ("stages: {x: {steps: 100}}", ["compile=yes"], "compile='yes': input should be a valid b"),
+        ("stages: {x: {steps: 100}}\nstages: {}", [], "key stages is there twice"),
+        ("stages: {x: {steps: 100}}\ncompile: yes", [], "compile='yes': input should be a valid b"),
+        ("3", [], "run.yaml: expected a mapping of settings, found 3"),
+    ],
+)
+def test_yaml_is_read_as_version_1_2(
+    raw: dict[str, Any], tmp_path: Path, text: str, arguments: list[str], message: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    raw = {key: value for key, value in raw.items() if key != "stages"}
+    path.write_text(_flow(raw, text))
+    if message:
+        with pytest.raises(SettingError, match=re.escape(message)):
+            load([str(path), *arguments])
+        return
+    stages = load([str(path), *arguments]).stages
+    assert [stage.steps for stage in stages.values()] == [100]
+
+
+def _flow(raw: dict[str, Any], text: str) -> str:
+    """As a YAML file: each of the settings on a line."""
+    if text == "3":
+        return text
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in raw.items()) + text
+
+
 def test_missing_file_names_the_nearest() -> None:
     with pytest.raises(SettingError, match=r'demmo.yaml: No such file .*"demo.yaml"'):
         load([str(ROOT / "yamls/demmo.yaml")])
@@ -516,14 +553,14 @@ def test_every_path_setting_knows_homes(
     raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    for key in ("data.root", "data.cache", "folder", "init_from", "checkpoint.remote", "data.vae"):
+    # init_from, whose file is read at once: tests/training/test_init_from.py.
+    for key in ("data.root", "data.cache", "folder", "checkpoint.remote", "data.vae"):
         raw = changed(raw, key, f"~/{key}")
     config = resolve(raw)
     assert config.data.root == "/home/me/data.root"
     assert config.data.cache == "/home/me/data.cache"
     assert config.data.vae == "/home/me/data.vae"
     assert config.run_folder() == Path("/home/me/folder")
-    assert config.init_from == "/home/me/init_from"
     assert config.checkpoint.remote == "/home/me/checkpoint.remote"
     monkeypatch.setenv("MICRODIT_ROOT", "~/big")
     del raw["data"]["root"]

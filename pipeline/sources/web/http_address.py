@@ -16,6 +16,8 @@ from aiohttp import InvalidURL
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
+from pipeline.core.urls import stripped
+
 Judge = Callable[[str], str | None]  # an address -> why it may not be asked, or None
 
 
@@ -32,10 +34,11 @@ def parse(url: str, judge: Judge) -> URL:
         Refused: another scheme than http(s), no host, or an address in the link that may not be
             asked. A name is judged when it is resolved.
     """
+    url = stripped(url)
     try:
-        found = URL(url.strip())
-        if _ENCODED.fullmatch(url.strip()):
-            literal = URL(url.strip(), encoded=True)
+        found = URL(url)
+        if _ENCODED.fullmatch(url):
+            literal = URL(url, encoded=True)
             found = literal if literal.host == found.host else found
         scheme, host, _ = found.scheme, found.raw_host, found.port
     except (ValueError, IndexError, InvalidURL):  # IndexError: yarl's, of "http://[::1]@"
@@ -52,7 +55,7 @@ def parse(url: str, judge: Judge) -> URL:
         except ValueError:
             raise Refused(f"host {host[:80]}: an address in an unusual form") from None
         if why := judge(address):
-            raise Refused(f"{address}: {why}")
+            raise Refused(f"{address}: {why}{_way_in(judge)}")
     elif not _NAME.fullmatch(host) or len(host) > 254:
         raise Refused(f"host {host[:80]!r}: no name")
     return found
@@ -93,6 +96,10 @@ def public_only(address: str) -> str | None:
     return None
 
 
+def _way_in(judge: Judge) -> str:
+    return "; --allow-private-hosts lets links lead there" if judge is public_only else ""
+
+
 def anyone(address: str) -> str | None:
     """The judge of `allow_private_hosts`: every address may be asked."""
     return None
@@ -115,7 +122,7 @@ class JudgedResolver(AbstractResolver):
         allowed = [entry for entry, why in verdicts if why is None]
         if found and not allowed:
             entry, why = verdicts[0]
-            raise Refused(f"{host} is {entry['host']}: {why}")
+            raise Refused(f"{host} is {entry['host']}: {why}{_way_in(self._judge)}")
         return allowed
 
     async def close(self) -> None:
