@@ -9,7 +9,6 @@ makes its shard stale. How many pictures a shard takes is settled when the folde
 
 from __future__ import annotations
 
-import hashlib
 import os
 import posixpath
 import stat
@@ -28,6 +27,7 @@ from pipeline.core.location import Location
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import FAILED, ImageRef, InputShard, RawImage, Reject, sample_key
 from pipeline.core.store import Store, fingerprint
+from pipeline.sources.holdout import SPLIT, Share, is_held_out
 from pipeline.sources.tables.captions import BadText, Encoding, caption_text
 from pipeline.sources.tables.picture_table import ENDINGS, Row, read_rows
 
@@ -88,7 +88,7 @@ class Folder(BaseModel):
     encoding: Encoding = "auto"  # of text files and tables: UTF-8, UTF-16, or as it says
     split: str = "train"  # any other is not trained on
     #: This share of the pictures, chosen by a hash of their names, is split "heldout".
-    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    holdout: Share = 0.0
     #: Pictures a shard; "auto": a sixteenth of the folder as it is first planned, at least 16 and
     #: at most 1000.
     samples_per_shard: Annotated[
@@ -123,7 +123,7 @@ class Folder(BaseModel):
         beside = [] if self.table else sorted(n for n in files if _ending(n) in NO_PICTURES)
         size = self._per_shard(len(rows))
         shards = []
-        for split, start in ((self.split, 0), ("heldout", HELD_OUT_FROM)):
+        for split, start in ((self.split, 0), (SPLIT, HELD_OUT_FROM))[: 2 if self.holdout else 1]:
             mine = [row for row in rows if self._split_of(row.name) == split]
             cuts = range(0, len(mine), size)
             # A file that is none goes with the pictures before it by name, behind all of theirs.
@@ -169,7 +169,7 @@ class Folder(BaseModel):
                 if isinstance(text, str) and isinstance(data, bytes):
                     yield RawImage(ref, data)
                     continue
-                problem = cast(BadPicture, text if isinstance(data, bytes) else data)
+                problem = cast(BadPicture, data)
                 foreseen = not self.table and _ending(file.row.name) in NO_PICTURES
                 yield Reject(file.key, "download", problem.reason, str(problem), ref, foreseen)
 
@@ -243,11 +243,7 @@ class Folder(BaseModel):
         return fingerprint([_listed(files, name) for name in names])
 
     def _split_of(self, name: str) -> str:
-        """By the name alone, so that pictures which come later move none to the other side."""
-        if not self.holdout:
-            return self.split
-        place = hashlib.sha256(f"holdout:{name}".encode()).digest()[:8]
-        return "heldout" if int.from_bytes(place, "big") < self.holdout * 2**64 else "train"
+        return SPLIT if is_held_out(name, self.holdout) else self.split
 
     def _per_shard(self, pictures: int) -> int:
         """A shard's pictures: as told, or as it was settled under this root."""

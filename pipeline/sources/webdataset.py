@@ -22,6 +22,7 @@ from pipeline.sources.files import archives, hub, transfer
 from pipeline.sources.files.archives import is_picture
 from pipeline.sources.files.hosted import Hosted
 from pipeline.sources.files.wds_samples import Sample, samples, split_name
+from pipeline.sources.holdout import SPLIT, Share, is_held_out
 from pipeline.sources.tables.captions import BadText, Encoding, caption_text
 from pipeline.sources.tables.sidecars import captions_of
 
@@ -51,6 +52,7 @@ class WebDataset(Hosted):
     name_ends: Literal["first-dot", "last-dot"] = "first-dot"
     encoding: Encoding = "auto"  # of captions in text files: UTF-8, UTF-16, or as it says
     split: str = "train"  # any other is not trained on
+    holdout: Share = 0.0  # this share of the tars, by a hash of their names, is split "heldout"
     samples_per_tar: Annotated[int, Field(ge=1)] = 10_000  # about: for --limit and estimates
     #: Digits of a sample's place in its tar; 5 where a tar may hold more than 10,000.
     digits: Annotated[int, Field(ge=4, le=6)] = 4
@@ -78,8 +80,9 @@ class WebDataset(Hosted):
             raise SettingError(f"sidecar={self.sidecar}: {len(sidecars)} for {len(tars)} tars")
         # Queries may hold signatures: they are no part of what a shard is.
         return [
-            InputShard(f"{number:05d}", self.split, (self._public(tar),))
-            for number, tar in enumerate(tars)
+            InputShard(f"{number:05d}", SPLIT if held else self.split, (name,))
+            for number, name in enumerate(map(self._public, tars))
+            for held in [is_held_out(name, self.holdout)]
         ]
 
     def fetch(

@@ -211,7 +211,8 @@ def stored_samples(store: Store, group: str, commit: Commit) -> Iterator[ImageSa
 
 
 def stored_rejects(store: Store, group: str, commit: Commit) -> list[Reject]:
-    """A committed shard's rejects, in order of key."""
+    """A committed shard's rejects, in order of key; `max_reject_rate` has judged them by then, or a
+    takedown of what is left beside them would fail."""
     return [
         Reject(
             row["key"],
@@ -219,6 +220,7 @@ def stored_rejects(store: Store, group: str, commit: Commit) -> list[Reject]:
             row["status"],
             row["error_message"],
             ImageRef(row["key"], row["url"] or "", row["caption"] or ""),
+            foreseen=True,
         )
         for row in _stored_rows(store, group, commit)
         if row["status"] != "success"

@@ -34,7 +34,7 @@ def write(home: Path, which: str, cases: list[Case]) -> Folder:
 def _pictures(home: Path, cases: list[Case]) -> Folder:
     for case in cases:
         (home / case.name).write_bytes(case.make())
-    return Folder(folder=str(home), captions="none")
+    return Folder(folder=str(home), captions="none", samples_per_shard=1000)
 
 
 def _captions(home: Path, cases: list[Case]) -> Folder:
@@ -42,7 +42,7 @@ def _captions(home: Path, cases: list[Case]) -> Folder:
         picture = home / Path(case.name).with_suffix(".jpg")
         picture.write_bytes(pictures.jpeg(1000 + number))
         (home / case.name).write_bytes(case.make())
-    return Folder(folder=str(home))
+    return Folder(folder=str(home), samples_per_shard=1000)
 
 
 def _names(home: Path, cases: list[Case]) -> Folder:
@@ -69,7 +69,7 @@ def _names(home: Path, cases: list[Case]) -> Folder:
         file.truncate(1 << 40)
     rows = ({"file_name": case.make().decode(), "text": case.name} for case in cases)
     (home / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Folder(folder=str(home), table="table.jsonl")
+    return Folder(folder=str(home), table="table.jsonl", samples_per_shard=1000)
 
 
 def run(source: Folder, store: Store) -> list[dict[str, Any]]:

@@ -583,7 +583,7 @@ def test_a_table_of_captions_is_joined_by_the_whole_name(store, tmp_path, keys, 
     (tmp_path / "t.tar").write_bytes(upstream.tar((n, upstream.picture(d)) for n, d in pictures))
     texts = pa.array([f"of {key}" for key in keys]).dictionary_encode()
     pq.write_table(pa.table({"key": keys, "TEXT": texts}), tmp_path / "t.parquet")
-    settings = {"tars": str(tmp_path / "t.tar"), "caption": "parquet:TEXT"}
+    settings: dict[str, Any] = {"tars": str(tmp_path / "t.tar"), "caption": "parquet:TEXT"}
     wanted = [text and f"of {text}" for text in expected]
     run_here(Download("webdataset", WebDataset(**settings), max_reject_rate=1.0), store)
     assert [r["caption"] for r in rows(store, "webdataset", "00000")] == wanted
@@ -605,6 +605,18 @@ def test_one_caption_that_is_no_utf8_costs_one_sample(store, tmp_path):
     assert found == [("success", "zero"), ("caption-encoding", None), ("success", "two")]
 
 
+def test_a_share_of_the_tars_is_held_out_by_their_names():
+    def held(tars: str) -> set[str]:
+        shards = WebDataset(tars=tars, holdout=0.1).shards()
+        return {shard.spec[0] for shard in shards if shard.split == "heldout"}
+
+    found = held("t-{000..299}.tar")
+    assert 15 <= len(found) <= 45
+    assert held("t-{150..299}.tar t-{000..099}.tar") == {
+        t for t in found if not "100" <= t[2:5] < "150"
+    }
+
+
 def test_only_the_users_star_is_a_pattern(tmp_path):
     home = tmp_path / "set [1] {a}?"
     for name in ("a[0].tar", "ab.tar", "a?.tar"):
@@ -613,14 +625,13 @@ def test_only_the_users_star_is_a_pattern(tmp_path):
     made = WebDataset(tars="x/a*.tar", base=str(home))
     assert [s.spec[0] for s in made.shards()] == ["x/a?.tar", "x/a[0].tar", "x/ab.tar"]
     memory = fsspec.filesystem("memory")
-    memory.pipe({f"/b[1]/x{n}/a[{n}]?.tar": b"" for n in range(2)} | {"/b1/x0/a0.tar": b""})
+    memory.pipe({f"/s/b[1]/x{n}/a[{n}]?.tar": b"" for n in range(2)} | {"/s/b1/x0/a0.tar": b""})
     try:
-        made = WebDataset(tars="memory:///b[1]/x*/a*.tar")
-        names = [f"memory:///b[1]/x{n}/a[{n}]?.tar" for n in range(2)]
+        made = WebDataset(tars="memory:///s/b[1]/x*/a*.tar")
+        names = [f"memory:///s/b[1]/x{n}/a[{n}]?.tar" for n in range(2)]
         assert [s.spec[0] for s in made.shards()] == names
     finally:
-        memory.rm("/b[1]", recursive=True)
-        memory.rm("/b1", recursive=True)
+        memory.rm("/s", recursive=True)
 
 
 def test_what_is_no_sample_is_a_reject_with_its_reason(server, store, tmp_path):

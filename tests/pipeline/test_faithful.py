@@ -95,7 +95,8 @@ def stored(tmp_path_factory) -> dict[tuple[str, tuple[int, int]], Stored]:
             names[file] = name, size
             (home / "in" / file).write_bytes(make(photo(*size, seed=number)))
     store = Store(home / "root")
-    run_here(Download("folder", Folder(folder=str(home / "in"), captions="none")), store)
+    source = Folder(folder=str(home / "in"), captions="none", samples_per_shard=1000)
+    run_here(Download("folder", source), store)
     rows = from_parquet(store.read("folder/images/00000.parquet")).to_pylist()
     tar = webdataset.WebDataset(store.url("folder/images/00000.tar"), shardshuffle=False)  # pyright: ignore
     found = {}

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.core.commits import read_commit
+from pipeline.core import drops
+from pipeline.core.commits import read_commit, read_commits
 from pipeline.core.errors import SettingError, StorageError
 from pipeline.core.samples import RawImage, Reject
 from pipeline.core.store import Store, fingerprint
@@ -216,6 +217,10 @@ def test_what_is_no_picture_by_its_name_is_a_reject_that_fails_no_shard(cats, tm
     rows = from_parquet(store.read(f"folder/images/{name}")).to_pylist()
     assert [row["place"] for row in rows] == ["more/d.CR2", "zz.dng"]
     assert rows[0]["detail"].endswith("camera raw: develop it to a JPEG or TIFF first")
+    # A takedown of all but the rejects is no outage either.
+    drops.add(store, "folder", {commit.shard: ["000010000"]})
+    assert run_here(Download("folder", source, max_reject_rate=0.0), store, Choice(stale=True)) == 1
+    assert read_commits(store, "folder/images")["00001"].samples == 0
     table(
         cats, "t.csv", [{"file_name": "zz.dng", "text": "t"}, {"file_name": "a.jpg", "text": "t"}]
     )

@@ -24,6 +24,7 @@ from pipeline.core.errors import SettingError, StorageError
 from pipeline.core.spool import SCRATCH_VARIABLE
 from pipeline.sources.files import hub, scratch_files, transfer, transfer_http
 from pipeline.sources.files.transfer import TransferError, local
+from tests.pipeline import web
 from tests.pipeline.hub_server import COMMIT, SIGNATURE, Fault, HubServer
 
 DATA = random.Random(7).randbytes(300_000)
@@ -62,6 +63,14 @@ def test_a_file_is_whole_while_the_block_runs_and_gone_after_it(server):
     assert left() == []
     counted = transfer.take_counters()
     assert counted == {"bytes transferred": len(DATA), "files transferred": 1}
+
+
+def test_a_redirect_to_bytes_asks_for_these_bytes(server):
+    with web.serving() as site:
+        site.route("/old.tar", web.redirect("/caf\xe9.tar?q=\xc3\xa9"))  # Latin-1, UTF-8
+        site.route("/caf%E9.tar", web.data(DATA))
+        assert read(f"{site.url}/old.tar") == DATA
+        assert site.hits[-1].path == "/caf%E9.tar?q=%C3%A9"
 
 
 @pytest.mark.parametrize("prefix", ["", "file://"])

@@ -22,7 +22,6 @@ from itertools import islice
 from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.sources.tables.captions import bad_text, encoding_of
@@ -320,9 +319,10 @@ def python_values(column: pa.Array) -> list[Any]:
     if is_string(column.type):
         return text_values(column)
     if pa.types.is_struct(column.type):
-        fields = {f.name: python_values(pc.struct_field(column, f.name)) for f in column.type}
+        fields = {f.name: python_values(column.field(f.name)) for f in column.type}
         rows = [dict(zip(fields, row, strict=True)) for row in zip(*fields.values(), strict=True)]
-        return [row if there else None for row, there in zip(rows, column.is_valid(), strict=True)]
+        there = column.is_valid().to_pylist()
+        return [row if valid else None for row, valid in zip(rows, there, strict=True)]
     return [
         python_values(cell.values) if cell.is_valid else None  # pyright: ignore
         for cell in column
