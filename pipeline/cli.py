@@ -29,6 +29,50 @@ Config = Annotated[
 ]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from pipeline.core.version import version_line
+
+        print(version_line())
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Say which, and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def sources(
+    name: Annotated[str | None, typer.Argument(help="Of which to list the settings.")] = None,
+) -> None:
+    """The kinds of sources, and what `--set KEY=VALUE` takes of one: key, default, meaning."""
+    import textwrap
+
+    from pipeline.progress import console
+    from pipeline.source_settings import about, settings
+    from pipeline.sources import SOURCES
+
+    width = console().width
+    if name is None:
+        for kind in SOURCES:
+            print(textwrap.shorten(f"{kind}: {about(kind)}", width, placeholder=" …"))
+        print("`pipeline sources NAME` lists its settings; docs/download.md has them all.")
+        return
+    print(textwrap.fill(about(name), width))
+    for key, default, meaning in settings(name):
+        print(f"\n  --set {key}={'…' if default == 'required' else default}")
+        text = f"required. {meaning}" if default == "required" else meaning
+        if text:
+            indent = " " * 6
+            print(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent))
+
+
 @app.command()
 def status(
     root: Root = None,

@@ -21,7 +21,8 @@ def load(arguments: Sequence[str]) -> Config:
     """`FILE.yaml [dotted.key=value …]` -> the resolved config.
 
     A file that says `base: OTHER.yaml` states only what differs from that file, which lies relative
-    to it; mappings are merged key by key, anything else is replaced.
+    to it; mappings are merged key by key, anything else is replaced, and a stage of the base that
+    is null (`stages: {masked: null}`) is taken away.
 
     Raises:
         SettingError: no such file, no YAML, an unknown key or stage, a wrong type; a line each.
@@ -115,7 +116,12 @@ def _merged(base: Any, change: Any) -> Any:
     # OmegaConf's own merge refuses to put a mapping in the place of a list.
     if not (isinstance(base, dict) and isinstance(change, dict)):
         return change
-    return base | {key: _merged(base.get(key), value) for key, value in change.items()}
+    merged = base | {key: _merged(base.get(key), value) for key, value in change.items()}
+    if isinstance(change.get("stages"), dict) and isinstance(base.get("stages"), dict):
+        # A stage that is null is taken away; one that the base does not have is all defaults.
+        gone = [n for n, s in change["stages"].items() if s is None and n in base["stages"]]
+        merged["stages"] = {n: s for n, s in merged["stages"].items() if n not in gone}
+    return merged
 
 
 def _known_stages(overrides: list[str], stages: list[str]) -> None:

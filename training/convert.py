@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.core.errors import SettingError
+from pipeline.core.version import version_line
 
 FORMATS = ("safetensors", "official", "diffusers")
 
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.convert", description="Checkpoints in and out."
     )
+    parser.add_argument("--version", action="version", version=version_line())
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("import", help="a checkpoint of the official code").add_argument
     add("file", help=".pt or .safetensors; tensors are read, no code of the file is run")

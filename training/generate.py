@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import SettingError
+from pipeline.core.version import version_line
 from training.threads import share_cores
 
 if TYPE_CHECKING:
@@ -220,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.generate", description="Pictures from prompts."
     )
+    parser.add_argument("--version", action="version", version=version_line())
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run's folder, or a .safetensors file of one")
     add("--prompts", required=True, nargs="+", help="texts, or files with one a line")

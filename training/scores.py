@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import BrokenShard, SettingError, StorageError
+from pipeline.core.version import version_line
 from training.threads import share_cores
 
 if TYPE_CHECKING:
@@ -238,6 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.scores", description="Does the model read its prompts?"
     )
+    parser.add_argument("--version", action="version", version=version_line())
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run's folder, or a .safetensors file of one")
     add("--out", required=True, help="folder for scores.json and a sheet a split")

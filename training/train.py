@@ -16,6 +16,7 @@ if sys.path and os.path.basename(sys.path[0]) == "training":
     sys.path[0] = os.path.dirname(sys.path[0])
 
 from pipeline.core.errors import SettingError, StorageError
+from pipeline.core.version import version_line
 from training import folder
 from training.config import load
 from training.preflight import check
@@ -30,6 +31,9 @@ def main(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2
+    if "--version" in arguments:
+        print(version_line())
+        return 0
     share_cores()
     running = False
     try:

@@ -208,6 +208,7 @@ _UPSTREAM = {
     "latents_made": "latents were made anew",
     "text_made": "text was made anew",
     "official": "the official shard is another",
+    "shard": "its source lists other pictures for it",
 }
 
 
@@ -243,6 +244,11 @@ def _parse(store: Store, path: str, data: bytes) -> Commit:
 
 
 def _short(value: Any) -> str:
+    """A value for people: words, not Python."""
+    if isinstance(value, (list, tuple)):
+        value = ",".join(map(str, value)) or "none"
+    elif isinstance(value, dict):
+        value = ",".join(f"{key}={item}" for key, item in sorted(value.items())) or "none"
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "..."
 

@@ -38,7 +38,7 @@ class Coco2014(Hosted):
     images: ClassVar[int] = 40_504
 
     base: str = OFFICIAL
-    samples_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 5_000
+    samples_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 5_000  # pictures a shard
 
     def shards(self) -> list[InputShard]:
         """Pictures in order of their COCO id, samples_per_shard a shard."""

@@ -53,12 +53,14 @@ class Folder(BaseModel):
     #: A csv, tsv, jsonl or parquet file in the folder that names the pictures; "": all there are.
     table: str = ""
     image_col: str = "file_name"  # of the table; names are relative to the folder
-    caption_col: str = "text"
+    caption_col: str = "text"  # of the table
     #: "own": from the table, or a text file beside each picture; "none": a captioner writes them.
     captions: Literal["own", "none"] = "own"
-    caption_extension: Annotated[str, Field(pattern=r"^\.\w+$")] = ".txt"
+    caption_extension: Annotated[str, Field(pattern=r"^\.\w+$")] = (
+        ".txt"  # of texts beside pictures
+    )
     split: str = "train"  # any other is not trained on
-    samples_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 1000
+    samples_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 1000  # pictures a shard
     max_file_bytes: Annotated[int, Field(ge=1)] = 100_000_000  # larger files are not read
 
     def shards(self) -> list[InputShard]:

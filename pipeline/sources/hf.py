@@ -50,8 +50,8 @@ class HubDataset(BaseModel):
     caption_col: str = "text"  # a string or a list of strings; "" for none, for a captioner
     #: Of a list: "first"; "random", by seed and key; "all": random, and the list is kept as well.
     captions: Literal["first", "random", "all"] = "random"
-    seed: int = 0
-    samples_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 10_000
+    seed: int = 0  # of the caption that is drawn, with the sample's key
+    samples_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 10_000  # rows a shard
     max_file_bytes: Annotated[int, Field(ge=1)] = 100_000_000  # larger pictures are left out
 
     _commit: str = PrivateAttr("")  # what the revision stands for, while a run lasts

@@ -39,13 +39,14 @@ class Urls(HttpSettings):
     rules: ClassVar[Rules] = Rules()
 
     url_list: Annotated[str, Field(min_length=1)]  # a file, or a folder of files of one format
+    #: By the name's ending, or one of csv, tsv, json, jsonl, parquet, txt.
     input_format: Literal[("auto", *ENDINGS)] = "auto"  # pyright: ignore
-    url_col: str = "url"
+    url_col: str = "url"  # the column of links
     #: None, or empty: pictures without captions, for a captioner to write.
     caption_col: Annotated[str | None, BeforeValidator(lambda v: v or None)] = "caption"
     #: [column, kind]: a picture with another hash is left out.
     verify_hash: Annotated[tuple[str, Hash] | None, BeforeValidator(_pair)] = None
-    number_sample_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 10_000
+    number_sample_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 10_000  # rows a shard
 
     _kept: tuple[str, str] | None = PrivateAttr(None)  # root, folder
     _shards: list[InputShard] | None = PrivateAttr(None)

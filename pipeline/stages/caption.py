@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import captioning
 from pipeline.core import drops, images, layout
+from pipeline.core.advance import advance
 from pipeline.core.catalog import Catalog
 from pipeline.core.commits import MAX_REJECT_RATE, Commit, plain_stem, read_file, write_shard
 from pipeline.core.errors import SettingError, nearest
@@ -123,6 +124,7 @@ class CaptionWorker:
         split = self.captioner.counters[SPLIT]
         with one_line_errors():
             for key, answer in self.captioner.caption(self._pictures(job, group, order)):
+                advance(job.shard.id)
                 if not isinstance(answer, captioning.Failure):
                     answer = finish(answer, stage.steps, counts)
                 if isinstance(answer, (captioning.Failure, Refused)):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from pipeline.core import drops, layout
+from pipeline.core.advance import advance
 from pipeline.core.catalog import Catalog
 from pipeline.core.commits import MAX_REJECT_RATE, Commit, read_commit
 from pipeline.core.rules import Rules, keep
@@ -152,6 +153,7 @@ class _Worker:
         rules = self.stage.rules
         seen: dict[str, str] = {}  # hash -> key
         for item in self._items(job, group):
+            advance(job.shard.id)
             key = item.key if isinstance(item, Reject) else item.ref.key
             if key in job.dropped:
                 continue

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core import layout
+from pipeline.core.advance import advance
 from pipeline.core.commits import Commit, read_file, write_shard
 from pipeline.core.mds import encode_shard, stored
 from pipeline.core.samples import Reject
@@ -89,6 +90,7 @@ class EncodeWorker:
             image = stored_image(key, fields)
             if image is not None and key not in job.dropped:
                 yield image
+                advance(job.shard.id)
 
     def _commit_latents(self, job: Job, group: str, resolution: int, made: MadeLatents) -> Commit:
         keys = [sample["key"] for sample in made.samples]

@@ -55,7 +55,7 @@ def parse(url: str, judge: Judge) -> URL:
         except ValueError:
             raise Refused(f"host {host[:80]}: an address in an unusual form") from None
         if why := judge(address):
-            raise Refused(f"{address}: {why}")
+            raise Refused(f"{address}: {why}{_way_in(judge)}")
     elif not _NAME.fullmatch(host) or len(host) > 254:
         raise Refused(f"host {host[:80]!r}: no name")
     return found
@@ -76,6 +76,10 @@ def public_only(address: str) -> str | None:
     if not ip.is_global or ip.is_multicast or ip.is_reserved:
         return "not a public address"
     return None
+
+
+def _way_in(judge: Judge) -> str:
+    return "; --allow-private-hosts lets links lead there" if judge is public_only else ""
 
 
 def anyone(address: str) -> str | None:
@@ -100,7 +104,7 @@ class JudgedResolver(AbstractResolver):
         allowed = [entry for entry, why in verdicts if why is None]
         if found and not allowed:
             entry, why = verdicts[0]
-            raise Refused(f"{host} is {entry['host']}: {why}")
+            raise Refused(f"{host} is {entry['host']}: {why}{_way_in(self._judge)}")
         return allowed
 
     async def close(self) -> None:
