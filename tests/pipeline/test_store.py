@@ -141,6 +141,15 @@ def test_differences_say_why():
     assert differences({"vae": {"weights_sha256": "1"}}, {"vae": {"weights_sha256": "2"}}) == [
         "vae weights hash differs"
     ]
+    # A commit's shard is a nest of lists, which says nothing to a person.
+    nest = ["00000", "train", [["a.jpg", 17], ["b.jpg", 19]]]
+    assert differences({"shard": nest}, {"shard": [*nest[:2], []]}) == [
+        "its source lists other pictures for it"
+    ]
+    assert differences({"clean": ["habits", "lower"]}, {"rules": {"a": 1}}) == [
+        "clean: habits,lower -> None",
+        "rules: None -> a=1",
+    ]
     assert differences({"images": "1"}, {"images": "2", "dropped": "3"}) == [
         "samples were dropped",
         "images were made anew",
