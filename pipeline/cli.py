@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 
 from pipeline import cli_convert, cli_run
-from pipeline.core.errors import SettingError, StorageError, nearest
-from pipeline.typer_group import OPTIONS
+from pipeline.core.errors import BrokenShard, SettingError, StorageError, nearest
+from pipeline.core.limits import raise_open_files
+from pipeline.core.streams import survive_readers
+from pipeline.typer_group import OPTIONS, path_option
 
 app = typer.Typer(
     help="From a dataset's name to cached latents in MDS shards.", add_completion=False, **OPTIONS
@@ -22,10 +24,16 @@ Source = Annotated[
     str | None, typer.Option(help="Source name; default: every source under the root.")
 ]
 Root = Annotated[
-    str | None, typer.Option(help="Data root, a path or URL; default $MICRODIT_ROOT or ./data.")
+    str | None,
+    typer.Option(
+        help="Data root, a path or URL; default $MICRODIT_ROOT or ./data.", callback=path_option
+    ),
 ]
 Config = Annotated[
-    Path | None, typer.Option(help="Data YAML; default yamls/data/SOURCE.yaml where it exists.")
+    Path | None,
+    typer.Option(
+        help="Data YAML; default yamls/data/SOURCE.yaml where it exists.", callback=path_option
+    ),
 ]
 
 
@@ -99,10 +107,11 @@ def fetch(
     from captioning.vlm import MODELS
     from pipeline.encoders import TEXT_ENCODERS, VAES, locate_text, locate_vae
     from pipeline.encoders.hub import fetch as fetch_repo
-    from pipeline.encoders.hub import is_hub_id
+    from pipeline.encoders.hub import hub_errors, is_hub_id
 
     if name in MODELS:
-        print(f"{name}: {hub.fetch(MODELS[name])}")
+        with hub_errors(name, MODELS[name]):
+            print(f"{name}: {hub.fetch(MODELS[name])}")
         return
     if name in VAES or (name not in TEXT_ENCODERS and is_hub_id(name)):
         repo, subfolder = locate_vae(name)
@@ -116,7 +125,8 @@ def fetch(
     if Path(repo).is_dir():
         print(f"{name} ships with the package: {repo}")
         return
-    print(f"{name}: {fetch_repo(repo, subfolder)}")
+    with hub_errors(name, repo):
+        print(f"{name}: {fetch_repo(repo, subfolder)}")
 
 
 @app.command()
@@ -255,10 +265,16 @@ def prune(
 @app.command()
 def drop(
     keys: Annotated[
-        str | None, typer.Option(help="File with a sample's key in each line; - is stdin.")
+        str | None,
+        typer.Option(
+            help="File with a sample's key in each line; - is stdin.", callback=path_option
+        ),
     ] = None,
     urls: Annotated[
-        str | None, typer.Option(help="File with a picture's URL in each line; - is stdin.")
+        str | None,
+        typer.Option(
+            help="File with a picture's URL in each line; - is stdin.", callback=path_option
+        ),
     ] = None,
     root: Root = None,
     source: Source = None,
@@ -336,11 +352,13 @@ def dedup(
 
 def main() -> None:
     """Entry point: errors that a person can mend are one line; README lists the exit codes."""
+    survive_readers()
+    raise_open_files()
     try:
         code = app(standalone_mode=False)
     except SettingError as error:
         code = _complain(str(error))
-    except StorageError as error:
+    except (BrokenShard, StorageError) as error:
         code = _complain(str(error), 1)
     except typer.TyperException as error:
         ctx = getattr(error, "ctx", None)

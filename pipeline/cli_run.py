@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.core.errors import SettingError
-from pipeline.typer_group import OPTIONS
+from pipeline.typer_group import OPTIONS, path_option
 
 if TYPE_CHECKING:
     from pipeline.report import Report
@@ -36,11 +36,18 @@ class Common:
         str | None, typer.Option(help="Source name; default: every source under the root.")
     ] = None
     root: Annotated[
-        str | None, typer.Option(help="Data root, a path or URL; default $MICRODIT_ROOT or ./data.")
+        str | None,
+        typer.Option(
+            help="Data root, a path or URL; default $MICRODIT_ROOT or ./data.",
+            callback=path_option,
+        ),
     ] = None
     config: Annotated[
         Path | None,
-        typer.Option(help="Data YAML; default yamls/data/SOURCE.yaml where it exists."),
+        typer.Option(
+            help="Data YAML; default yamls/data/SOURCE.yaml where it exists.",
+            callback=path_option,
+        ),
     ] = None
     shards: Annotated[
         str, typer.Option(help="Only these input shards, e.g. 00000-00031,00100.")
@@ -366,7 +373,8 @@ def run_stage(stage: Stage, root: str, common: Common, retry_failed: bool = Fals
     )
     if common.dry_run:
         store = Store(root)
-        print(preflight(stage, store, plan(stage, Catalog(store), choice), quota))
+        catalog = Catalog(store, functools.partial(print, file=sys.stderr))
+        print(preflight(stage, store, plan(stage, catalog, choice), quota))
         return None
     options = Options(
         workers=common.workers,

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from pipeline.core import advance
 from pipeline.core.commits import Commit, read_commit
 from pipeline.core.errors import SettingError, StorageError, TooManyRejects
+from pipeline.core.limits import raise_open_files, require_shared_memory, usable_cpus
 from pipeline.core.store import Store, fingerprint
+from pipeline.core.temporary import socket_folder
 from pipeline.plan import Choice
 from pipeline.report import Report
 from pipeline.stages import Job, Stage
@@ -82,7 +84,8 @@ class Pool:
             max_restarts=0,
             max_concurrency=needs.in_hand,
         )(_Worker)
-        self._new = lambda: actor.remote(stage, store.root, options.choice.again())
+        folder, again = os.getcwd(), options.choice.again()
+        self._new = lambda: actor.remote(stage, store.root, folder, again)
         self._local = store.local
         self._opening: dict[Any, Any] = {}  # reference -> worker that loads its weights
         self._idle: list[Any] = []  # a worker for each shard more that it can take
@@ -106,12 +109,10 @@ class Pool:
                 self._grow()
                 while self._idle and (again or waiting):
                     if again:
-                        job, attempt = again.popleft()
-                    else:
-                        assert waiting is not None
-                        job, attempt = waiting, 1
+                        self._submit(*again.popleft())
+                    elif waiting:
+                        self._submit(waiting, 1)
                         waiting = next(jobs, None)
-                    self._submit(job, attempt)
             references = [*self._running, *self._opening]
             ready, _ = self.ray.wait(references, num_returns=1, timeout=0.5)
             for reference in ready:
@@ -259,12 +260,16 @@ class Pool:
 class _Worker:
     """An actor: opens the stage once, then makes shards."""
 
-    def __init__(self, stage: Stage, root: str, again: bool) -> None:
-        self.stage, self.root, self.again = stage, root, again
+    def __init__(self, stage: Stage, root: str, folder: str, again: bool) -> None:
+        self.stage, self.root, self.folder, self.again = stage, root, folder, again
 
     def open(self) -> None:
         from ray.util.metrics import Counter as Metric
 
+        raise_open_files()
+        # Relative paths are those of the folder in which the command was given. Where a node has no
+        # such folder they lead nowhere, rather than into that of whoever started Ray there.
+        os.chdir(self.folder if os.path.isdir(self.folder) else os.sep)
         self.store = Store(self.root)
         self.work = self.stage.open(self.store)
         tags = {"stage": self.stage.name, "source": self.stage.source}
@@ -361,14 +366,39 @@ def start(options: Options, announce: Callable[[str], None]) -> Any:
             ) from error
         return ray
     # "local": a leftover session file would otherwise make Ray join a cluster that is gone.
-    cpus = max(options.workers or 0, os.cpu_count() or 1)
-    context = ray.init(address="local", num_cpus=cpus, include_dashboard=options.dashboard, **quiet)
+    cpus = max(options.workers or 0, usable_cpus())
+    folder = _session_folder()
+    require_shared_memory()
+    if not _has_token() and not os.access(os.path.expanduser("~"), os.W_OK):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would write one into the home
+    try:
+        context = ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=options.dashboard,
+            _temp_dir=folder,
+            **quiet,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SettingError(
+            f"Ray cannot start on this machine: {first}; its logs under "
+            f"{folder}/session_latest/logs may say more"
+        ) from error
     if options.dashboard:
         announce(f"Ray's dashboard: http://{context.dashboard_url}")
     return ray
 
 
+def _session_folder() -> str:
+    """Where a private cluster keeps sockets and logs."""
+    if given := os.environ.get("RAY_TMPDIR"):
+        return os.path.join(given, "ray")
+    example = "/ray/session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store.12"
+    return os.path.join(socket_folder(len(example)), "ray")
+
+
 def _has_token() -> bool:
     """Whether Ray would find an authentication token: in the environment, or in its own file."""
     given = (os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    return any(given) or Path.home().joinpath(".ray", "auth_token").is_file()
+    return any(given) or os.path.isfile(os.path.expanduser("~/.ray/auth_token"))

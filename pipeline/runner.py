@@ -47,7 +47,7 @@ def run(
     store = Store(root)
     groups = stage.groups()
     with lease.held(store, groups, options.command, options.join):
-        catalog = Catalog(store)
+        catalog = Catalog(store, announce)
         todo = plan(stage, catalog, options.choice)
         if not todo.pending and not todo.done and not todo.outdated:
             raise SettingError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,10 +16,12 @@ from pipeline.config import DataConfig, build_stage, load_config
 from pipeline.core import layout
 from pipeline.core.catalog import Catalog
 from pipeline.core.errors import SettingError, nearest
+from pipeline.core.mends import REASONS
 from pipeline.core.store import Store, size
 from pipeline.plan import GroupPlan, plan, summarise
 from pipeline.progress import console
 from pipeline.stages import STAGES
+from pipeline.stages.looks import findings
 
 
 @dataclass
@@ -48,7 +52,7 @@ def collect(root: str, source: str | None = None, config: Path | None = None) ->
     """
     store = Store(root)
     sources = sources_of(store, source)
-    catalog = Catalog(store)
+    catalog = Catalog(store, functools.partial(print, file=sys.stderr))
     return [row for name in sources for row in _source(catalog, name, config)]
 
 
@@ -185,10 +189,14 @@ def _unconfigured(catalog: Catalog, source: str, group: str) -> GroupPlan:
     """A group compared with nothing but the pictures it was made of."""
     images = catalog.heads(layout.images_group(source))
     found = summarise(catalog, f"{source}/{group}")
+    whole = f"{source}/{group}"
+    mended = catalog.mended(whole, findings(catalog, whole))
     for commit in catalog.scan(f"{source}/{group}"):
         head = images.get(commit.shard)
         if head and commit.inputs.get("images", head.content) != head.content:
             found.stale["images were made anew"] += 1
+        elif kinds := set(mended.get(commit.shard, ())) - set(commit.inputs.get("mended", ())):
+            found.stale["; ".join(REASONS[kind] for kind in sorted(kinds))] += 1
         else:
             found.done += 1
     found.left = len(images.keys() - catalog.heads(f"{source}/{group}").keys())

@@ -39,7 +39,7 @@ def read(store: Store, source: str) -> dict[str, frozenset[str]]:
     """Shard id -> dropped keys, over every list of a source.
 
     Raises:
-        SettingError: a list was written by a newer version of this package.
+        SettingError: a list is damaged, or was written by a newer version of this package.
     """
     dropped: dict[str, set[str]] = {}
     for record in _records(store, source):
@@ -65,13 +65,27 @@ def hash_of(form: str) -> str:
 
 def _records(store: Store, source: str) -> Iterator[dict[str, Any]]:
     for name in store.names(f"{source}/drops"):
-        record = store.read_json(f"{source}/drops/{name}")
-        if record["schema"] > SCHEMA:
-            raise SettingError(
-                f"{store.url(f'{source}/drops/{name}')}: schema {record['schema']}, this version "
-                f"reads up to {SCHEMA}; upgrade the package"
-            )
-        yield record
+        yield _record(store, f"{source}/drops/{name}")
+
+
+def _record(store: Store, path: str) -> dict[str, Any]:
+    try:
+        record = store.read_json(path)
+    except ValueError:
+        record = None
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise SettingError(
+            f"{store.url(path)}: schema {schema}, this version reads up to {SCHEMA}; upgrade the "
+            "package"
+        )
+    shards = record.get("shards") if isinstance(record, dict) and schema else None
+    if not isinstance(shards, dict) or not all(isinstance(keys, list) for keys in shards.values()):
+        raise SettingError(
+            f"{store.url(path)}: damaged, so nobody can tell what it took out; put it back, or "
+            "remove it and run the `pipeline drop` that wrote it once more"
+        )
+    return record  # pyright: ignore
 
 
 def inputs(dropped: Iterable[str]) -> dict[str, str]:

@@ -12,11 +12,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, PrivateAttr
 
 from pipeline.core.errors import SettingError
+from pipeline.core.location import Location
 from pipeline.core.rules import Rules
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
 from pipeline.core.store import Store
 from pipeline.core.urls import stripped
 from pipeline.sources.tables import url_lists
+from pipeline.sources.tables.captions import Encoding
 from pipeline.sources.tables.url_lists import Row
 from pipeline.sources.tables.url_table import ENDINGS, UrlList, shown
 from pipeline.sources.web.http import FetchError, HttpSettings, fetch_all, listed
@@ -38,7 +40,7 @@ class Urls(HttpSettings):
 
     rules: ClassVar[Rules] = Rules()
 
-    url_list: Annotated[str, Field(min_length=1)]  # a file, or a folder of files of one format
+    url_list: Annotated[Location, Field(min_length=1)]  # a file, or a folder of files of one format
     #: By the name's ending, or one of csv, tsv, json, jsonl, parquet, txt.
     input_format: Literal[("auto", *ENDINGS)] = "auto"  # pyright: ignore
     url_col: str = "url"  # the column of links
@@ -47,6 +49,7 @@ class Urls(HttpSettings):
     #: [column, kind]: a picture with another hash is left out.
     verify_hash: Annotated[tuple[str, Hash] | None, BeforeValidator(_pair)] = None
     number_sample_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 10_000  # rows a shard
+    encoding: Encoding = "auto"  # of csv, tsv, json, jsonl and txt: UTF-8, UTF-16, or as it says
 
     _kept: tuple[str, str] | None = PrivateAttr(None)  # root, folder
     _shards: list[InputShard] | None = PrivateAttr(None)
@@ -110,15 +113,19 @@ class Urls(HttpSettings):
             self.caption_col,
             self.verify_hash,
             self.number_sample_per_shard,
+            encoding=self.encoding,
         )
 
     def _place(self) -> tuple[Store, str]:
-        assert self._kept is not None, "attach() comes first"
+        if self._kept is None:
+            raise RuntimeError("attach() comes first")
         return Store(self._kept[0]), self._kept[1]
 
     def _fault(self, key: str, row: Row) -> Reject | None:
         """What is the matter with a row itself."""
         ref = _ref(key, row)
+        if row.fault:
+            return Reject(key, "download", "malformed-row", row.fault, ref)
         if not ref.url:
             return Reject(key, "download", "refused", "no link in this row", ref)
         if self.caption_col is not None and not ref.caption.strip():

@@ -17,7 +17,7 @@ from pipeline.core.tables import key_rows
 from pipeline.core.tars import read_samples
 from pipeline.stages import Job
 from pipeline.stages.captions import chosen_captions
-from pipeline.stages.images import StoredImage, images_commit, stored_image
+from pipeline.stages.images import StoredImage, images_commit, placed, stored_image
 from pipeline.stages.latents import LatentMaker
 from pipeline.stages.latents import Made as MadeLatents
 from pipeline.stages.stopwatch import Stopwatch
@@ -61,6 +61,7 @@ class EncodeWorker:
             recipes = [self.stage.recipe(resolution) for resolution in wanted.values()]
             found = self.latents.make(self._pictures(job, images, commit), recipes)
             for (group, resolution), result in zip(wanted.items(), found, strict=True):
+                result.rejects[:] = placed(self.store, images, commit, result.rejects)
                 made[group] = self._commit_latents(job, group, resolution, result)
         if self.stage.text_group() in job.groups:
             made[self.stage.text_group()] = self._text(job, commit)
@@ -120,6 +121,7 @@ class EncodeWorker:
             for key, caption in by_key.items()
             if not caption
         ]
+        rejects = placed(self.store, layout.images_group(stage.source), commit, rejects)
         by_key = {key: caption for key, caption in by_key.items() if caption}
         distinct = sorted(set(by_key.values()))
         with self.latents.encoder_turn:

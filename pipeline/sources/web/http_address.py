@@ -61,6 +61,24 @@ def parse(url: str, judge: Judge) -> URL:
     return found
 
 
+def spelled(location: str) -> str:
+    """A Location header as a link: in it bytes that are no ASCII stand for themselves, whatever
+    their encoding; only a host's name has to be text.
+
+    Args:
+        location: as aiohttp reads headers: bytes that are no UTF-8 as half surrogate pairs.
+    """
+    head, rest = _AUTHORITY.fullmatch(location).groups("")  # pyright: ignore
+    if not head.isascii():
+        raw = head.encode("utf-8", "surrogateescape")
+        try:
+            head = str(URL(raw.decode())).rstrip("/")
+        except UnicodeDecodeError:
+            head = str(URL(raw.decode("latin-1"))).rstrip("/")
+    data = rest.encode("utf-8", "surrogateescape")
+    return head + "".join(chr(byte) if byte < 0x80 else f"%{byte:02X}" for byte in data)
+
+
 def public_only(address: str) -> str | None:
     """Why an address may not be asked, None for one of the public internet."""
     try:
@@ -111,6 +129,7 @@ class JudgedResolver(AbstractResolver):
         await self._inner.close()
 
 
+_AUTHORITY = re.compile(r"((?:[^:/?#]+:)?//[^/?#]*)?(.*)", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")  # international ones as xn--…
 _ENCODED = re.compile(r"[!-~]+")  # ASCII without spaces
 _UNICAST = ipaddress.ip_network("2000::/3")  # all that is routed in public
