@@ -26,6 +26,7 @@ from pipeline.core.commits import (
     read_file,
     read_named,
 )
+from pipeline.core.errors import BrokenShard
 from pipeline.core.mds import decode_shard, encode_shard, stored, unpack
 from pipeline.core.samples import FAILED
 from pipeline.core.spool import Spool, spool
@@ -185,7 +186,8 @@ class _Copy:
         files: dict[str, bytes | Spool] = {}
         entry, old = None, self.old.index
         if len(used):
-            assert old is not None  # rows are rows of it
+            if old is None:
+                raise BrokenShard(f"{self.group}/{self.old.shard}: keys, but no MDS shard")
             packed = read_file(self.store, self.group, self.old, stored(old)["basename"])
             header, samples = decode_shard(unpack(packed, old))
             columns = dict(zip(header["column_names"], header["column_encodings"], strict=True))
