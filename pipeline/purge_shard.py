@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import IO, Any, cast
 
 import numpy as np
@@ -19,12 +19,12 @@ import pyarrow as pa
 from pipeline.core import drops
 from pipeline.core.commits import (
     Commit,
-    commit_path,
     keys_hash,
     plain_stem,
     read_commit,
     read_file,
     read_named,
+    write_commit,
 )
 from pipeline.core.errors import BrokenShard
 from pipeline.core.mds import decode_shard, encode_shard, stored, unpack
@@ -65,7 +65,7 @@ def purge_shard(
         made.append((group, copied))
         removed[group] = commit.samples - copied.samples
     for group, commit in reversed(made):
-        store.write_json(commit_path(group, shard), asdict(commit))
+        write_commit(store, group, commit)
     return removed
 
 
@@ -147,6 +147,8 @@ class _Copy:
             rejects=reasons,
             index=content.index,
             counters=counters,
+            reads_as="",  # no generation before it had these pictures alone
+            schema=1,
         )
 
     def images(self) -> _Content:
