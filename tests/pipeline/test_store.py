@@ -125,7 +125,7 @@ def test_a_newer_schema_is_refused_with_both_versions(tmp_path):
     commit(Store(tmp_path))
     path = tmp_path / "s/latents/commits/00003.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
-    with pytest.raises(SettingError, match=r"schema 99.* up to 1"):
+    with pytest.raises(SettingError, match=r"schema 99.* up to 2"):
         read_commits(Store(tmp_path), "s/latents")
 
 
