@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from pipeline.core import layout, process, summary, uploads
 from pipeline.core.commits import scan
-from pipeline.core.errors import SettingError
+from pipeline.core.errors import BrokenShard, SettingError
 from pipeline.core.store import TEMPORARY, Entry, Store, size
 from pipeline.core.uploads import Upload
 from pipeline.status import groups_of
@@ -146,7 +146,7 @@ def _named(store: Store, group: str) -> set[str]:
             names |= commit.files.keys()
             # img2dataset's statistics beside a tar hold times, so no commit names them.
             names |= {f"{n[:-4]}_stats.json" for n in commit.files if n.endswith(".tar")}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (BrokenShard, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, SettingError):
             raise
         raise SettingError(

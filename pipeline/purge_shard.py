@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import IO, Any, cast
 
 import numpy as np
@@ -19,13 +19,14 @@ import pyarrow as pa
 from pipeline.core import drops
 from pipeline.core.commits import (
     Commit,
-    commit_path,
     keys_hash,
     plain_stem,
     read_commit,
     read_file,
     read_named,
+    write_commit,
 )
+from pipeline.core.errors import BrokenShard
 from pipeline.core.mds import decode_shard, encode_shard, stored, unpack
 from pipeline.core.samples import FAILED
 from pipeline.core.spool import Spool, spool
@@ -64,7 +65,7 @@ def purge_shard(
         made.append((group, copied))
         removed[group] = commit.samples - copied.samples
     for group, commit in reversed(made):
-        store.write_json(commit_path(group, shard), asdict(commit))
+        write_commit(store, group, commit)
     return removed
 
 
@@ -146,6 +147,8 @@ class _Copy:
             rejects=reasons,
             index=content.index,
             counters=counters,
+            reads_as="",  # no generation before it had these pictures alone
+            schema=1,
         )
 
     def images(self) -> _Content:
@@ -185,7 +188,8 @@ class _Copy:
         files: dict[str, bytes | Spool] = {}
         entry, old = None, self.old.index
         if len(used):
-            assert old is not None  # rows are rows of it
+            if old is None:
+                raise BrokenShard(f"{self.group}/{self.old.shard}: keys, but no MDS shard")
             packed = read_file(self.store, self.group, self.old, stored(old)["basename"])
             header, samples = decode_shard(unpack(packed, old))
             columns = dict(zip(header["column_names"], header["column_encodings"], strict=True))

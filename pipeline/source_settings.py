@@ -85,10 +85,8 @@ def _comments(cls: type) -> dict[str, str]:
         if token.type == tokenize.COMMENT and not token.string.startswith("# noqa"):
             found[token.start[0]] = token.string
     lines = source.splitlines()
-    body = ast.parse(source).body[0]
-    assert isinstance(body, ast.ClassDef)
     comments = {}
-    for node in body.body:
+    for node in (node for part in ast.parse(source).body for node in ast.iter_child_nodes(part)):
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
         first, last = node.lineno, node.end_lineno or node.lineno

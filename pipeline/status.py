@@ -154,7 +154,7 @@ def _source(catalog: Catalog, source: str, config: Path | None) -> list[GroupSta
             stage,
             group,
             found or _unconfigured(catalog, source, group),
-            found is not None,
+            found is not None or group not in there,
             rates[stage].get(where),
         )
         row.begun = group in there
@@ -177,11 +177,11 @@ def _configured(
     asked: list[str] = []
     for name in STAGES:
         try:
-            found = plan(build_stage(name, config), catalog).groups
+            stage = build_stage(name, config)
+            asked += stage.groups() if name in config.model_fields_set else []
+            known |= plan(stage, catalog).groups
         except SettingError:
             continue  # weights that this machine does not have, captions that are not made yet
-        known |= found
-        asked += found if name in config.model_fields_set else []
     return known, asked
 
 

@@ -155,7 +155,8 @@ def _in_file(store: Store, group: str, commit: Commit, name: str, keys: frozense
         return set(found)
     if name.endswith(".tar"):
         return {key for key, _ in read_samples(data) if key in keys}
-    assert commit.index is not None  # the file is an MDS shard
+    if commit.index is None:
+        raise BrokenShard(f"{name} is in its commit, and no index entry of it")
     header, samples = decode_shard(unpack(data, commit.index), ["key"])
     if "key" in header["column_names"]:
         return {sample["key"] for sample in samples if sample["key"] in keys}

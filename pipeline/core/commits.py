@@ -183,11 +183,16 @@ def write_shard(
         reads_as=reads_as,
         schema=SCHEMA if reads_as else 1,
     )
-    record = asdict(commit)
-    if not reads_as:
-        del record["reads_as"]
-    store.write_json(commit_path(group, shard.id), record)
+    write_commit(store, group, commit)
     return commit
+
+
+def write_commit(store: Store, group: str, commit: Commit) -> None:
+    """Its data files are there already."""
+    record = asdict(commit)
+    if not commit.reads_as:
+        del record["reads_as"]  # versions that do not know it read the record too
+    store.write_json(commit_path(group, commit.shard), record)
 
 
 def check_rejects(rejects: list[Reject], kept: int, max_reject_rate: float) -> dict[str, int]:

@@ -568,6 +568,7 @@ def test_loopback_is_refused_unless_allowed(web):
         reason, detail = failure(f"http://{host}:{port}/a.jpg", allow_private_hosts=False)
         assert reason == "refused"
         assert "loopback" in detail
+        assert "--allow-private-hosts" in detail
     assert web.connections == 0
     assert get(f"http://localhost:{port}/a.jpg", allow_private_hosts=True) == PICTURE
 

@@ -226,6 +226,8 @@ def test_rejects_that_name_a_dropped_sample(tmp_path):
     commit = read_commit(store, IMAGES, "00000")
     assert commit is not None
     assert (commit.samples, commit.rejects) == (0, {"duplicate": 1})
+    record = store.read_json(f"{IMAGES}/commits/00000.json")
+    assert "reads_as" not in record  # of a version that knows it
     (row,) = _rows(store, IMAGES, "00000", "all")
     assert row["error_message"] == "the same picture as (dropped)"
     stem = commit.file(".tar").removesuffix(".tar")

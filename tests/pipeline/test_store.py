@@ -125,7 +125,7 @@ def test_a_newer_schema_is_refused_with_both_versions(tmp_path):
     commit(Store(tmp_path))
     path = tmp_path / "s/latents/commits/00003.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
-    with pytest.raises(SettingError, match=r"schema 99.* up to 1"):
+    with pytest.raises(SettingError, match=r"schema 99.* up to 2"):
         read_commits(Store(tmp_path), "s/latents")
 
 
@@ -140,6 +140,15 @@ def test_differences_say_why():
     assert differences(old, new) == ["seed: None -> 1", "vae.weights: 1 -> 2"]
     assert differences({"vae": {"weights_sha256": "1"}}, {"vae": {"weights_sha256": "2"}}) == [
         "vae weights hash differs"
+    ]
+    # A commit's shard is a nest of lists, which says nothing to a person.
+    nest = ["00000", "train", [["a.jpg", 17], ["b.jpg", 19]]]
+    assert differences({"shard": nest}, {"shard": [*nest[:2], []]}) == [
+        "its source lists other pictures for it"
+    ]
+    assert differences({"clean": ["habits", "lower"]}, {"rules": {"a": 1}}) == [
+        "clean: habits,lower -> None",
+        "rules: None -> a=1",
     ]
     assert differences({"images": "1"}, {"images": "2", "dropped": "3"}) == [
         "samples were dropped",

@@ -112,6 +112,20 @@ def test_a_file_states_what_differs_from_its_base(raw: dict[str, Any], tmp_path:
     assert config.stages["full"] == same.stages["full"]
 
 
+def test_a_stage_of_the_base_that_is_null_is_taken_away(
+    raw: dict[str, Any], tmp_path: Path
+) -> None:
+    write(tmp_path / "run.yaml", yaml.safe_dump(raw, sort_keys=False))
+    middle = write(tmp_path / "middle.yaml", "base: run.yaml\nstages: {masked: null}")
+    assert list(load([middle]).stages) == ["full"]
+    assert list(load([str(tmp_path / "run.yaml"), "stages.masked=null"]).stages) == ["full"]
+    top = "base: middle.yaml\nstages: {masked: {steps: 3, batch_size: 4, lr: 0.1}, full: null}"
+    assert list(load([write(tmp_path / "top.yaml", top)]).stages) == ["masked"]
+    nothing = write(tmp_path / "none.yaml", "base: middle.yaml\nstages: {full: null}")
+    with pytest.raises(SettingError, match="stages: missing"):
+        load([nothing])
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
