@@ -217,6 +217,10 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         name = f"{prefix}{key}"
         if key in _UPSTREAM and a and b:
             changes.append(_UPSTREAM[key])
+        elif key == "official_form":
+            changes.append(
+                "an earlier release applied the VAE's shift, which the official code lacks"
+            )
         elif key == "dropped":
             changes.append("samples were dropped")
         elif isinstance(a, dict) and isinstance(b, dict):
