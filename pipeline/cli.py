@@ -25,7 +25,7 @@ Root = Annotated[
     str | None, typer.Option(help="Data root, a path or URL; default $MICRODIT_ROOT or ./data.")
 ]
 Config = Annotated[
-    Path | None, typer.Option(help="Data YAML; default yamls/data/SOURCE.yaml where it exists.")
+    Path | None, typer.Option(help="Data YAML; default yamls/data/SOURCE.yaml, or the package's.")
 ]
 
 
