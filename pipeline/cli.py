@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 
 from pipeline import cli_convert, cli_run
-from pipeline.core.errors import SettingError, StorageError, nearest
-from pipeline.typer_group import OPTIONS
+from pipeline.core.errors import BrokenShard, SettingError, StorageError, nearest
+from pipeline.core.limits import raise_open_files
+from pipeline.core.streams import survive_readers
+from pipeline.typer_group import OPTIONS, path_option
 
 app = typer.Typer(
     help="From a dataset's name to cached latents in MDS shards.", add_completion=False, **OPTIONS
@@ -22,11 +24,61 @@ Source = Annotated[
     str | None, typer.Option(help="Source name; default: every source under the root.")
 ]
 Root = Annotated[
-    str | None, typer.Option(help="Data root, a path or URL; default $MICRODIT_ROOT or ./data.")
+    str | None,
+    typer.Option(
+        help="Data root, a path or URL; default $MICRODIT_ROOT or ./data.", callback=path_option
+    ),
 ]
 Config = Annotated[
-    Path | None, typer.Option(help="Data YAML; default yamls/data/SOURCE.yaml, or the package's.")
+    Path | None,
+    typer.Option(
+        help="Data YAML; default yamls/data/SOURCE.yaml, or the package's.", callback=path_option
+    ),
 ]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from pipeline.core.version import version_line
+
+        print(version_line())
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Say which, and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def sources(
+    name: Annotated[str | None, typer.Argument(help="Of which to list the settings.")] = None,
+) -> None:
+    """The kinds of sources, and what `--set KEY=VALUE` takes of one: key, default, meaning."""
+    import textwrap
+
+    from pipeline.progress import console
+    from pipeline.source_settings import about, settings
+    from pipeline.sources import SOURCES
+
+    width = console().width
+    if name is None:
+        for kind in SOURCES:
+            print(textwrap.shorten(f"{kind}: {about(kind)}", width, placeholder=" …"))
+        print("`pipeline sources NAME` lists its settings; docs/download.md has them all.")
+        return
+    print(textwrap.fill(about(name), width))
+    for key, default, meaning in settings(name):
+        print(f"\n  --set {key}={'…' if default == 'required' else default}")
+        text = f"required. {meaning}" if default == "required" else meaning
+        if text:
+            indent = " " * 6
+            print(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent))
 
 
 @app.command()
@@ -55,10 +107,11 @@ def fetch(
     from captioning.vlm import MODELS
     from pipeline.encoders import TEXT_ENCODERS, VAES, locate_text, locate_vae
     from pipeline.encoders.hub import fetch as fetch_repo
-    from pipeline.encoders.hub import is_hub_id
+    from pipeline.encoders.hub import hub_errors, is_hub_id
 
     if name in MODELS:
-        print(f"{name}: {hub.fetch(MODELS[name])}")
+        with hub_errors(name, MODELS[name]):
+            print(f"{name}: {hub.fetch(MODELS[name])}")
         return
     if name in VAES or (name not in TEXT_ENCODERS and is_hub_id(name)):
         repo, subfolder = locate_vae(name)
@@ -72,7 +125,8 @@ def fetch(
     if Path(repo).is_dir():
         print(f"{name} ships with the package: {repo}")
         return
-    print(f"{name}: {fetch_repo(repo, subfolder)}")
+    with hub_errors(name, repo):
+        print(f"{name}: {fetch_repo(repo, subfolder)}")
 
 
 @app.command()
@@ -94,6 +148,12 @@ def verify(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; default: all CPUs.")
     ] = None,
+    dropped: Annotated[
+        bool,
+        typer.Option(
+            "--dropped", help="Only prove that nothing is left of dropped samples: exit 1 if it is."
+        ),
+    ] = False,
 ) -> None:
     """Read every committed byte again and say what is wrong: exit 1 if anything is."""
     import contextlib
@@ -109,6 +169,13 @@ def verify(
     from pipeline.verify import verify as check_all
 
     store = Store(root or default_root())
+    if dropped:
+        if repair or json_ or group is not None:
+            raise SettingError("verify --dropped: takes --root and --source, nothing else")
+        from pipeline.cli_drop import verify_dropped
+
+        verify_dropped(store, source)
+        return
     groups = select(store, source, group)
     problems: list[Problem] = []
     lines: list[str] = []
@@ -198,48 +265,59 @@ def prune(
 @app.command()
 def drop(
     keys: Annotated[
-        str | None, typer.Option(help="File with a sample's key in each line; - is stdin.")
+        str | None,
+        typer.Option(
+            help="File with a sample's key in each line; - is stdin.", callback=path_option
+        ),
     ] = None,
     urls: Annotated[
-        str | None, typer.Option(help="File with a picture's URL in each line; - is stdin.")
+        str | None,
+        typer.Option(
+            help="File with a picture's URL in each line; - is stdin.", callback=path_option
+        ),
     ] = None,
     root: Root = None,
     source: Source = None,
+    purge: Annotated[
+        bool,
+        typer.Option(
+            "--purge",
+            help="Say where dropped samples still lie (groups, pages, lists, superseded files), "
+            "and remove them there with --yes.",
+        ),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Purge without being asked.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what a purge would remove; remove nothing.")
+    ] = False,
 ) -> None:
     """Take samples out: training leaves them out from its next start.
 
-    Their bytes go when `pipeline run all --stale` makes the shards anew and `pipeline prune` frees
-    what that replaced. Exit 1 if an entry is in no shard; the others are out all the same.
+    Their bytes go with --purge, from every group of the root, or when `pipeline run all --stale`
+    makes shards anew and `pipeline prune` frees what that replaced. A purge that was interrupted
+    goes on when it is started again; a training that started before it may still read the files
+    that it replaces. Exit 1 if an entry is in no shard; the others are out all the same.
     """
+    from pipeline.cli_drop import purge_sources, take_out
     from pipeline.config import default_root
     from pipeline.core.store import Store
-    from pipeline.drop import describe, read_list
-    from pipeline.drop import drop as take_out
-    from pipeline.progress import Count
     from pipeline.status import sources_of
 
-    if (keys is None) == (urls is None):
-        raise SettingError("drop: give either --keys FILE or --urls FILE")
-    column, name = ("key", keys) if keys is not None else ("url", urls or "")
-    entries = read_list(_lines(f"--{column}s", name))
-    if not entries:
-        raise SettingError(f"--{column}s {name}: names nothing")
+    if (yes or dry_run) and not purge:
+        raise SettingError(f"drop {'--yes' if yes else '--dry-run'}: only with --purge")
+    if yes and dry_run:
+        raise SettingError("drop --purge: give either --yes or --dry-run")
+    if (keys is None) == (urls is None) and not (purge and keys is None):
+        raise SettingError("drop: give either --keys FILE or --urls FILE, or --purge alone")
     store = Store(root or default_root())
     sources = sources_of(store, source)
-    if column == "key" and len(sources) > 1:
-        raise SettingError(
-            "drop --keys: a key is unique in its source only; name it with --source, there are: "
-            + ", ".join(sources)
-        )
-    matched: set[str] = set()
-    for name in sources:
-        with Count(f"drop {name}") as count:
-            found = take_out(store, name, entries, column, count)
-        matched |= found.matched
-        print("\n".join(describe(name, found)))
-    unmatched = [entry for entry in entries if entry not in matched]
-    for entry in unmatched:
-        print(f"in no shard: {entry}")
+    unmatched = 0
+    if keys is not None or urls is not None:
+        if dry_run:
+            raise SettingError("drop --dry-run: of a purge alone, without --keys and --urls")
+        unmatched = take_out(store, sources, keys, urls)
+    if purge:
+        purge_sources(store, sources, yes, dry_run)
     if unmatched:
         raise typer.Exit(1)
 
@@ -272,21 +350,15 @@ def dedup(
     print("\n".join(describe(found, sources, taken=not dry_run)))
 
 
-def _lines(option: str, name: str) -> list[str]:
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"{option} {name}: cannot be read as text ({error})") from error
-    return text.splitlines()
-
-
 def main() -> None:
     """Entry point: errors that a person can mend are one line; README lists the exit codes."""
+    survive_readers()
+    raise_open_files()
     try:
         code = app(standalone_mode=False)
     except SettingError as error:
         code = _complain(str(error))
-    except StorageError as error:
+    except (BrokenShard, StorageError) as error:
         code = _complain(str(error), 1)
     except typer.TyperException as error:
         ctx = getattr(error, "ctx", None)

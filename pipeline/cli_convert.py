@@ -9,7 +9,7 @@ import typer
 
 from pipeline.cli_run import Common, run_stage, with_common
 from pipeline.core.errors import SettingError
-from pipeline.typer_group import OPTIONS
+from pipeline.typer_group import OPTIONS, path_option
 
 if TYPE_CHECKING:
     from pipeline.config import EncodeConfig
@@ -19,9 +19,15 @@ app = typer.Typer(
     help="The official MicroDiT code's single MDS: write it, read it. No encoder runs.", **OPTIONS
 )
 
-Vae = Annotated[str | None, typer.Option(help="The VAE that made the latents, e.g. sdxl.")]
+Vae = Annotated[
+    str | None,
+    typer.Option(help="The VAE that made the latents, e.g. sdxl.", callback=path_option),
+]
 Text = Annotated[
-    str | None, typer.Option(help="The text encoder that made the vectors, e.g. dfn5b-h14.")
+    str | None,
+    typer.Option(
+        help="The text encoder that made the vectors, e.g. dfn5b-h14.", callback=path_option
+    ),
 ]
 Resolutions = Annotated[str | None, typer.Option(help="Sides in pixels, e.g. 256,512.")]
 
@@ -116,7 +122,8 @@ def export(
 @lambda own: with_common(own, _import)
 def import_(
     dataset: Annotated[
-        str | None, typer.Option("--from", help="The official dataset: folder or URL.")
+        str | None,
+        typer.Option("--from", help="The official dataset: folder or URL.", callback=path_option),
     ] = None,
     vae: Vae = None,
     text_encoder: Text = None,

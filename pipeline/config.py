@@ -13,7 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline.core import layout
 from pipeline.core.commits import MAX_REJECT_RATE
 from pipeline.core.errors import SettingError, nearest
+from pipeline.core.location import Location, located
+from pipeline.core.nulls import instead_of_null
 from pipeline.core.rules import Rules
+from pipeline.core.text_files import read_yaml_text
 from pipeline.sources import SOURCES
 from pipeline.sources.files.transfer import harmless
 from pipeline.stages import STAGES, Stage
@@ -27,7 +30,7 @@ class CaptionConfig(BaseModel):
     """What further keys there are is the captioner's to say: its Settings (docs/caption.md)."""
 
     model_config = ConfigDict(extra="allow")
-    captioner: str = "colour"
+    captioner: Location = "colour"
     clean: list[str] | str = []  # steps of pipeline.stages.caption_text
 
 
@@ -35,8 +38,8 @@ class EncodeConfig(BaseModel):
     """Defaults are the paper's; see pipeline.stages.encode.EncodeSettings."""
 
     model_config = ConfigDict(extra="forbid")
-    vae: str = "sdxl"
-    text_encoder: str = "dfn5b-h14"
+    vae: Location = "sdxl"
+    text_encoder: Location = "dfn5b-h14"
     resolutions: list[int] = [256, 512]
     captions: str = "alt"
     text: str = "full"
@@ -147,15 +150,12 @@ def check_names(overrides: dict[str, Any]) -> None:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
+    from pipeline.core.yaml12 import parse
 
     try:
-        record = yaml.safe_load(path.read_text()) or {}
+        record = parse(read_yaml_text(path), f"--config {path}") or {}
     except OSError as error:
         raise SettingError(f"--config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        text = " ".join(str(error).split())
-        raise SettingError(f"--config {path}: not YAML: {text}") from error
     if not isinstance(record, dict):
         raise SettingError(f"--config {path}: expected a mapping, found {type(record).__name__}")
     return record
@@ -221,7 +221,7 @@ def encode_settings(config: EncodeConfig) -> EncodeSettings:
 
 
 def default_root() -> str:
-    return os.environ.get(layout.ROOT_VARIABLE) or layout.DEFAULT_ROOT
+    return located(os.environ.get(layout.ROOT_VARIABLE) or layout.DEFAULT_ROOT)
 
 
 def known(name: str, table: dict[str, str], kind: str) -> None:
@@ -244,6 +244,8 @@ def one_line(error: ValidationError, model: type[BaseModel], prefix: str = "") -
         )
     if first["type"] == "missing":
         return f"{prefix}{name} is required"
+    if first.get("input") is None:
+        return f"{prefix}{name}=null: {instead_of_null(model, keys)}"
     # What is wrong may be that the value holds a password.
     value = harmless(repr(first.get("input")))
     return f"{prefix}{name}={value}: {first['msg'].removeprefix('Value error, ')}"

@@ -7,17 +7,22 @@ worker that dies costs its shard a retry.
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
+from pipeline.core import advance
 from pipeline.core.commits import Commit, read_commit
 from pipeline.core.errors import SettingError, StorageError, TooManyRejects
+from pipeline.core.limits import raise_open_files, require_shared_memory, usable_cpus
 from pipeline.core.store import Store, fingerprint
+from pipeline.core.temporary import socket_folder
 from pipeline.plan import Choice
 from pipeline.report import Report
 from pipeline.stages import Job, Stage
@@ -26,6 +31,8 @@ ATTEMPTS = 3  # of a shard, before it is reported as failed
 OPEN_ATTEMPTS = 12  # workers in a row that die before they have opened the stage
 GRACE_S = 12.0  # a stopped run lets the shards in hand finish this long; it must end within 20 s
 LOOK_EVERY_S = 30.0  # for workers that the cluster has room for by now
+GLANCE_EVERY_S = 1.0  # at how far shards in hand are
+GLANCED_AT = 64  # shards in hand at most
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,8 @@ class Pool:
             max_restarts=0,
             max_concurrency=needs.in_hand,
         )(_Worker)
-        self._new = lambda: actor.remote(stage, store.root, options.choice.again())
+        folder, again = os.getcwd(), options.choice.again()
+        self._new = lambda: actor.remote(stage, store.root, folder, again)
         self._local = store.local
         self._opening: dict[Any, Any] = {}  # reference -> worker that loads its weights
         self._idle: list[Any] = []  # a worker for each shard more that it can take
@@ -85,6 +93,7 @@ class Pool:
         self._dead: set[Any] = set()
         self._opening_failed = 0
         self._looked = 0.0
+        self._glanced = 0.0
 
     def outcomes(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Made | Failure] | None]:
         """(job, what became of it) as they finish; None at least each second."""
@@ -100,12 +109,10 @@ class Pool:
                 self._grow()
                 while self._idle and (again or waiting):
                     if again:
-                        job, attempt = again.popleft()
-                    else:
-                        assert waiting is not None
-                        job, attempt = waiting, 1
+                        self._submit(*again.popleft())
+                    elif waiting:
+                        self._submit(waiting, 1)
                         waiting = next(jobs, None)
-                    self._submit(job, attempt)
             references = [*self._running, *self._opening]
             ready, _ = self.ray.wait(references, num_returns=1, timeout=0.5)
             for reference in ready:
@@ -113,6 +120,7 @@ class Pool:
                     self._opened(reference)
                     continue
                 hand = self._running.pop(reference)
+                self.report.in_hand.pop(hand.job.shard.id, None)
                 found = self._outcome(reference, hand)
                 if isinstance(found, Failure) and found.attempts < ATTEMPTS:
                     if not self.report.stopped:
@@ -121,11 +129,13 @@ class Pool:
                 else:
                     yield hand.job, found
             self._kill_late()
+            self._look_into_shards()
             yield None
 
     def close(self) -> None:
         for worker in self._workers() | set(self._opening.values()):
             self.ray.kill(worker)
+            _kv()._internal_kv_del(_board(worker._actor_id.hex()))
 
     def _grow(self) -> None:
         """As many workers as asked for, or as the cluster has room for: it may grow or shrink."""
@@ -230,6 +240,19 @@ class Pool:
             if limit is not None and time.monotonic() - hand.since > limit:
                 self.ray.kill(hand.worker)
 
+    def _look_into_shards(self) -> None:
+        """How far those in hand have come. Of many workers shards are finished often enough."""
+        now = time.monotonic()
+        if now - self._glanced < GLANCE_EVERY_S or len(self._running) > GLANCED_AT:
+            return
+        self._glanced = now
+        self.report.in_hand = {}
+        for hand in self._running.values():
+            found = _kv()._internal_kv_get(_board(hand.worker._actor_id.hex()))
+            seen = json.loads(found).get(hand.job.shard.id) if found else None
+            if seen:
+                self.report.in_hand[hand.job.shard.id] = (seen, hand.job.samples)
+
     def _count(self) -> None:
         self.report.workers = len(self._workers())
 
@@ -237,12 +260,16 @@ class Pool:
 class _Worker:
     """An actor: opens the stage once, then makes shards."""
 
-    def __init__(self, stage: Stage, root: str, again: bool) -> None:
-        self.stage, self.root, self.again = stage, root, again
+    def __init__(self, stage: Stage, root: str, folder: str, again: bool) -> None:
+        self.stage, self.root, self.folder, self.again = stage, root, folder, again
 
     def open(self) -> None:
         from ray.util.metrics import Counter as Metric
 
+        raise_open_files()
+        # Relative paths are those of the folder in which the command was given. Where a node has no
+        # such folder they lead nowhere, rather than into that of whoever started Ray there.
+        os.chdir(self.folder if os.path.isdir(self.folder) else os.sep)
         self.store = Store(self.root)
         self.work = self.stage.open(self.store)
         tags = {"stage": self.stage.name, "source": self.stage.source}
@@ -251,12 +278,28 @@ class _Worker:
         }
         for metric in self._metrics.values():
             metric.set_default_tags(tags)
+        threading.Thread(target=self._post, name="progress", daemon=True).start()
+
+    def _post(self) -> None:
+        """Says how far the shards in hand are, where the driver can look."""
+        import ray
+
+        board = _board(ray.get_runtime_context().get_actor_id())
+        posted: dict[str, int] = {}
+        while True:
+            time.sleep(GLANCE_EVERY_S)
+            if (seen := advance.seen()) != posted:
+                posted = seen
+                _kv()._internal_kv_put(board, json.dumps(seen), overwrite=True)
 
     def run(self, job: Job) -> Made:
         wanted = job if self.again else self._left(job)
         if not wanted.groups:
             return Made({}, False, Counter())
-        commits = self.work(wanted)
+        try:
+            commits = self.work(wanted)
+        finally:
+            advance.finished(job.shard.id)
         counted = {
             "shards": 1,
             "samples": min(commit.samples for commit in commits.values()),
@@ -287,6 +330,18 @@ _METRICS = {
 }
 
 
+def _board(actor: str) -> str:
+    """Where a worker posts: a key of the cluster's own store. A call would wait for its shard, and
+    an actor with threads for calls would not compute in the thread that its stage was opened in."""
+    return f"microdit-in-hand:{actor}"
+
+
+def _kv() -> Any:
+    from ray.experimental import internal_kv
+
+    return internal_kv
+
+
 def start(options: Options, announce: Callable[[str], None]) -> Any:
     # Ray reads these when it is imported.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -311,14 +366,39 @@ def start(options: Options, announce: Callable[[str], None]) -> Any:
             ) from error
         return ray
     # "local": a leftover session file would otherwise make Ray join a cluster that is gone.
-    cpus = max(options.workers or 0, os.cpu_count() or 1)
-    context = ray.init(address="local", num_cpus=cpus, include_dashboard=options.dashboard, **quiet)
+    cpus = max(options.workers or 0, usable_cpus())
+    folder = _session_folder()
+    require_shared_memory()
+    if not _has_token() and not os.access(os.path.expanduser("~"), os.W_OK):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # Ray would write one into the home
+    try:
+        context = ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=options.dashboard,
+            _temp_dir=folder,
+            **quiet,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SettingError(
+            f"Ray cannot start on this machine: {first}; its logs under "
+            f"{folder}/session_latest/logs may say more"
+        ) from error
     if options.dashboard:
         announce(f"Ray's dashboard: http://{context.dashboard_url}")
     return ray
 
 
+def _session_folder() -> str:
+    """Where a private cluster keeps sockets and logs."""
+    if given := os.environ.get("RAY_TMPDIR"):
+        return os.path.join(given, "ray")
+    example = "/ray/session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store.12"
+    return os.path.join(socket_folder(len(example)), "ray")
+
+
 def _has_token() -> bool:
     """Whether Ray would find an authentication token: in the environment, or in its own file."""
     given = (os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    return any(given) or Path.home().joinpath(".ray", "auth_token").is_file()
+    return any(given) or os.path.isfile(os.path.expanduser("~/.ray/auth_token"))

@@ -8,7 +8,6 @@ do, by deleting its commit record alone.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import time
 from collections import Counter
@@ -20,10 +19,11 @@ import numpy as np
 
 from pipeline.checks import Checked, Problem, Task, check, digests, keys_of
 from pipeline.core import drops, facts, layout, process
-from pipeline.core.commits import Commit, commit_path, read_commit
-from pipeline.core.errors import BrokenShard, SettingError, nearest
+from pipeline.core.commits import Commit, commit_path, read_commit, reason
+from pipeline.core.errors import BrokenShard, NewerSchema, SettingError, nearest
 from pipeline.core.groups import mixture, publish
-from pipeline.core.manifest import SCHEMA, Manifest, read_manifest
+from pipeline.core.limits import usable_cpus
+from pipeline.core.manifest import Manifest, read_manifest
 from pipeline.core.store import Store, canonical_json
 from pipeline.processes import Processes
 from pipeline.status import groups_of, sources_of
@@ -94,7 +94,7 @@ def verify(
         for s, g in groups
     }
     total = sum(map(len, shards.values()))
-    count = min(workers or os.cpu_count() or 1, max(total, 1))
+    count = min(workers or usable_cpus(), max(total, 1))
 
     def say(problem: Problem) -> None:
         summary.problems += 1
@@ -173,16 +173,12 @@ def _manifest(
         what = f"is of kind {manifest.kind}"
     except FileNotFoundError:
         what = "is missing"
-    except (ValueError, AttributeError, TypeError) as error:
-        if isinstance(error, SettingError) and _schema(store, where) > SCHEMA:
-            raise
-        what = f"is broken ({' '.join(str(error).split())[:200]})"
+    except NewerSchema:
+        raise
+    except SettingError as error:
+        what = f"is broken ({reason(error.__cause__ or error)})"
     what = f"manifest.json {what}; `pipeline verify --repair` writes it anew from the commits"
     return None, [Problem(source, group, "", None, what)]
-
-
-def _schema(store: Store, group: str) -> int:
-    return store.read_json(f"{group}/manifest.json").get("schema_version", 0)
 
 
 def _published(

@@ -17,8 +17,18 @@ from composer import Callback, DataSpec, Trainer
 from composer.utils import dist, get_device
 
 from pipeline.core.errors import SettingError, StorageError
-from training import curve, folder, header, initial, journal, observers, parallel, weights
-from training.checkpoints import CheckpointState, allow_only_data, read, require_same
+from training import (
+    curve,
+    folder,
+    header,
+    initial,
+    journal,
+    loader_deaths,
+    observers,
+    parallel,
+    weights,
+)
+from training.checkpoints import Checkpoint, CheckpointState, allow_only_data, read
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
 from training.dtensors import gathered
@@ -63,6 +73,8 @@ def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
     first = dist.get_global_rank() == 0
     if first and fetch(plan):
         folder.check(plan)  # what was there already may be of another training
+    if first:
+        folder.check_whole(plan, say)
     dist.barrier()
     bill = Bill(world_size())
     left = folder.unfinished(plan)
@@ -165,6 +177,10 @@ def _attempt(
             f"stage {name}, in {path.path}: {error}; its last checkpoint is there, and the same "
             "command goes on from it"
         ) from error
+    except RuntimeError as error:
+        if not (why := loader_deaths.explained(error)):
+            raise
+        raise StorageError(f"stage {name}: {why}; then the same command goes on") from error
     finally:
         trainer.close()
 
@@ -173,7 +189,7 @@ def _live(finished: StageFolder) -> Path | None:
     """The file of a stage's live weights; None where somebody wanted the room of it."""
     if finished.live.exists():
         return finished.live
-    return finished.model if header.read_record(finished.model)["weights"] == "live" else None
+    return finished.model if header.read_passport(finished.model).weights == "live" else None
 
 
 def _roll_back(plan: Plan, name: str, path: StageFolder, back: RollBack) -> None:
@@ -219,11 +235,11 @@ def _network(plan: Plan, name: str, start: CheckpointState | None, resume: Path 
     """The stage's network: initialised, or with the weights of the stage before, or, where a
     checkpoint of this stage will fill it, with arbitrary ones."""
     config = network_config(plan, plan.config.stages[name])
+    if start is None and resume is None and plan.config.init_from:
+        return _initial_network(plan, config)
     with torch.device("meta"):
         network = MicroDiT(config)
     network.to_empty(device="cpu")
-    if start is None and resume is None and plan.config.init_from:
-        return _initial_network(plan, config)
     if start is None and resume is None:
         seed = keyed_seed(plan.config.seed, "weights")
         network.initialise(torch.Generator().manual_seed(seed))
@@ -239,9 +255,7 @@ def _network(plan: Plan, name: str, start: CheckpointState | None, resume: Path 
 
 def _initial_network(plan: Plan, config: DiTConfig) -> MicroDiT:
     """The weights of `init_from`, with the positions of this run's resolution."""
-    path = initial.path(plan.config)
-    network, _ = weights.load(path)
-    require_same(f"init_from={path}", config, network.config)
+    network, _ = weights.load(initial.path(plan.config))
     network.set_resolution(config.input_size, config.pos_interp_scale)
     return network.train().requires_grad_(True)
 
@@ -283,7 +297,8 @@ def _trainer(
             run_name=f"{config.name}-{name}",
             progress_bar=False,
             spin_dataloaders=False,
-            load_path=str(resume) if resume else None,
+            load_path="checkpoint.pt" if resume else None,
+            load_object_store=Checkpoint(resume) if resume else None,
             load_progress_bar=False,
             device=device,
             precision=precision,
@@ -292,8 +307,8 @@ def _trainer(
         )
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, KeyError) as error:
-        if resume is None:
+    except Exception as error:  # what Composer makes of a checkpoint depends on what is in it
+        if resume is None or isinstance(error, SettingError | StorageError):
             raise
         raise SettingError(
             f"cannot go on from {resume}: {' '.join(str(error).split())[:300]}; if the file is at "
@@ -338,4 +353,4 @@ def _export(plan: Plan, name: str, path: StageFolder, model: DiffusionModel, ema
             passport = live.model_copy(update={"weights": "ema", "ema": kind})
             file = path.average(average) if number else path.model
             weights.write(file, {**tensors, **averages.get(average, {})}, passport)
-    folder.link(path.model, config.run_folder() / folder.MODEL)
+    folder.link_last(plan)  # a later stage may be finished

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from composer import State
+from composer.utils import ObjectStore
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
@@ -18,12 +19,9 @@ from torch.torch_version import TorchVersion
 
 from pipeline.core.errors import SettingError
 from training.dit import MicroDiT
-from training.dit_config import DiTConfig
 from training.folder import StageFolder
 from training.official import PREFIX
 from training.safe_load import load
-
-RESOLUTION = ("input_size", "pos_interp_scale")  # of DiTConfig; no weights depend on them
 
 
 def allow_only_data() -> None:
@@ -34,6 +32,36 @@ def allow_only_data() -> None:
     """
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     torch.serialization.add_safe_globals([datetime.timedelta, TorchVersion])
+
+
+class Checkpoint(ObjectStore):
+    """A local file as Composer's loader is given it, whatever its name.
+
+    A path is read as a URL there (twice), then as a template: `#`, `?`, `:` and braces lose it.
+
+    Args:
+        path: the file, which becomes the one object of the store, under any name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.absolute()
+
+    def get_object_size(self, object_name: str) -> int:
+        return self._path.stat().st_size
+
+    def download_object(
+        self,
+        object_name: str,
+        filename: str | Path,
+        overwrite: bool = False,
+        callback: Callable[[int, int], None] | None = None,
+    ) -> None:
+        os.symlink(self._path, filename)
+
+
+def template(path: Path) -> str:
+    """What Composer's saver makes this very path of."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 class Average(TypedDict):
@@ -138,21 +166,6 @@ class CheckpointState:
             group.update(settings)
 
 
-def require_same(where: str, config: DiTConfig, found: DiTConfig) -> None:
-    """That weights are of a run's network, whatever their resolution.
-
-    Raises:
-        SettingError: names the first setting in which the architectures differ.
-    """
-    for field in dataclasses.fields(config):
-        own, theirs = getattr(config, field.name), getattr(found, field.name)
-        if field.name not in RESOLUTION and own != theirs:
-            raise SettingError(
-                f"{where}: weights of another architecture ({field.name}: {theirs}, this run's "
-                f"{own}); set model to theirs, or choose other weights"
-            )
-
-
 def read(path: Path) -> CheckpointState:
     """A checkpoint's weights, averages and optimizer state, on the CPU.
 
@@ -165,6 +178,8 @@ def read(path: Path) -> CheckpointState:
         averages = state["callbacks"]["EMA"]["averages"]
         _ = state["timestamp"], state["dataset_state"]  # Composer would do without
         run, stage = state["run_name"], path.parent.name
+        if not all(isinstance(value, Tensor) for value in state["model"].values()):
+            raise TypeError("its weights are no tensors")
         if not run.endswith(f"-{stage}"):
             raise SettingError(
                 f"{path}: is of run {run}, not of stage {stage}; put the stage's own there, or "
@@ -190,5 +205,6 @@ def read(path: Path) -> CheckpointState:
             f"{path}: the last checkpoint of a finished stage is missing, so the next stage cannot "
             "begin; remove the finished stage's folder to run it again"
         ) from error
-    except (KeyError, TypeError) as error:
-        raise SettingError(f"{path}: no checkpoint of this trainer ({error})") from error
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        text = " ".join(str(error).split())[:120]
+        raise SettingError(f"{path}: no checkpoint of this trainer ({text})") from error

@@ -12,6 +12,11 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.core.errors import SettingError, nearest
+from pipeline.core.location import located
+from pipeline.core.nulls import instead_of_null
+from pipeline.core.text_files import read_yaml_text
+from pipeline.core.yaml12 import parse, parse_arguments
+from training import initial
 from training.masking.ratio import RatioSchedule
 from training.settings import Config
 from training.stage_settings import NOISE, Section, Stage
@@ -21,7 +26,8 @@ def load(arguments: Sequence[str]) -> Config:
     """`FILE.yaml [dotted.key=value …]` -> the resolved config.
 
     A file that says `base: OTHER.yaml` states only what differs from that file, which lies relative
-    to it; mappings are merged key by key, anything else is replaced.
+    to it; mappings are merged key by key, anything else is replaced, and a stage of the base that
+    is null (`stages: {masked: null}`) is taken away.
 
     Raises:
         SettingError: no such file, no YAML, an unknown key or stage, a wrong type; a line each.
@@ -33,17 +39,18 @@ def load(arguments: Sequence[str]) -> Config:
             f"give one YAML file, then dotted.key=value; files given: {shown}. "
             "For example: composer training/train.py yamls/demo.yaml stages.full.lr=1e-3"
         )
-    return resolve(_read(Path(files[0]), [a for a in arguments if "=" in a]))
+    return resolve(_read(Path(located(files[0])), [a for a in arguments if "=" in a]))
 
 
 def resolve(raw: dict[str, Any]) -> Config:
     """A nested mapping as a YAML file holds it -> the config, each stage completed by `defaults`,
-    then by what the objective and `fidelity` imply.
+    then by what the objective and `fidelity` imply; and by what `init_from`'s weights say of
+    themselves.
 
     Raises:
         SettingError: a key that is unknown or missing, or a value of a wrong type; a line each.
     """
-    raw = dict(raw)
+    raw = dict(initial.completed(raw))
     defaults = _mapping(raw.pop("defaults", None), "defaults")
     stages = _mapping(raw.get("stages"), "stages")
     if not stages:
@@ -72,50 +79,51 @@ def resolve(raw: dict[str, Any]) -> Config:
 
 
 def _read(path: Path, overrides: list[str]) -> dict[str, Any]:
-    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     file = _file(path, ())
     _known_stages(overrides, [str(key) for key in _mapping(file.get("stages"), "stages")])
     try:
-        changes = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
-        result = OmegaConf.to_container(OmegaConf.create(_merged(file, changes)), resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        merged = _merged(file, parse_arguments(overrides))
+        result = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
+    except OmegaConfBaseException as error:
         raise SettingError(f"{path}: {' '.join(str(error).split())}") from error
     return {str(key): value for key, value in result.items()}  # pyright: ignore
 
 
 def _file(path: Path, above: tuple[Path, ...]) -> dict[Any, Any]:
     """What a file says, on top of what its base says. `above`: the files whose base it is."""
-    import yaml
-    from omegaconf import OmegaConf
-
     shown = " -> ".join(map(str, (*above, path)))
     if path.resolve() in [other.resolve() for other in above]:
         raise SettingError(f"base: {shown}: a file cannot be its own base; remove one of them")
     try:
-        file = OmegaConf.to_container(OmegaConf.load(path))
+        file = parse(read_yaml_text(path), path)
     except OSError as error:
         near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")])
         raise SettingError(f"{shown}: {error.strerror}{near}") from error
-    except yaml.YAMLError as error:
-        raise SettingError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    file = {} if file is None else file
     if not isinstance(file, dict):
-        raise SettingError(f"{path}: expected a mapping of settings, found a list")
+        found = "a list" if isinstance(file, list) else repr(file)[:60]
+        raise SettingError(f"{path}: expected a mapping of settings, found {found}")
     if "base" not in file:
         return file
     base = file.pop("base")
     if not isinstance(base, str):
         raise SettingError(f"{path}: base={base!r}: give one YAML file, relative to this one")
-    return _merged(_file(path.parent / base, (*above, path)), file)
+    return _merged(_file(path.parent / located(base), (*above, path)), file)
 
 
 def _merged(base: Any, change: Any) -> Any:
     # OmegaConf's own merge refuses to put a mapping in the place of a list.
     if not (isinstance(base, dict) and isinstance(change, dict)):
         return change
-    return base | {key: _merged(base.get(key), value) for key, value in change.items()}
+    merged = base | {key: _merged(base.get(key), value) for key, value in change.items()}
+    if isinstance(change.get("stages"), dict) and isinstance(base.get("stages"), dict):
+        # A stage that is null is taken away; one that the base does not have is all defaults.
+        gone = [n for n, s in change["stages"].items() if s is None and n in base["stages"]]
+        merged["stages"] = {n: s for n, s in merged["stages"].items() if n not in gone}
+    return merged
 
 
 def _known_stages(overrides: list[str], stages: list[str]) -> None:
@@ -144,8 +152,11 @@ def _lines(errors: Sequence[ErrorDetails], prefix: list[str]) -> str:
 def _line(error: ErrorDetails, prefix: list[str]) -> str:
     """One pydantic error as "key=value: what to do"."""
     # "[key]", and the tags of alternatives, are no part of the key that the user wrote.
-    path = prefix + [str(part) for part in error["loc"] if not str(part).startswith("[")]
-    key = ".".join(path)
+    parts = [str(part) for part in error["loc"]]
+    unknown = parts[-1:] if error["type"] == "extra_forbidden" else []
+    tagged = parts[:-1] if unknown else parts
+    path = prefix + [part for part in tagged if not part.startswith("[")] + unknown
+    key = ".".join(part if part.isprintable() and part.strip() else repr(part) for part in path)
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key{_suggest(path)}"
     if error["type"] == "missing":
@@ -153,12 +164,22 @@ def _line(error: ErrorDetails, prefix: list[str]) -> str:
         return f"{key}: missing; give it a value{where}"
     if error["type"] == "value_error":
         return f"{key}: {error['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+    if error["input"] is None:
+        return f"{key}=null: {_instead_of_null(path)}"
     shown = repr(error["input"])
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     message = f"{key}={shown}: {error['msg'][0].lower()}{error['msg'][1:]}"
     if error["type"] == "literal_error":
         message += nearest(str(error["input"]), re.findall("'(.*?)'", error["msg"]))
     return message
+
+
+def _instead_of_null(path: list[str]) -> str:
+    if path[0] == "defaults":
+        return instead_of_null(Stage, path[1:])
+    if path[0] == "stages":
+        return instead_of_null(Stage, path[2:])
+    return instead_of_null(Config, path)
 
 
 def _suggest(path: list[str]) -> str:

@@ -13,12 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.core.errors import SettingError
+from pipeline.core.location import located
+from pipeline.core.streams import survive_readers
+from pipeline.core.version import version_line
+from training import ranks
+from training.options import require_folder
 
 FORMATS = ("safetensors", "official", "diffusers")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 where the disk fails, or 2 after a line that says what to change."""
+    survive_readers()
+    ranks.alone()
     options = _parser().parse_args(arguments)
     try:
         if options.command == "import":
@@ -39,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"convert: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"convert: cannot write {options.out}: {error}", file=sys.stderr)
+        print(f"convert: cannot write {options.out or options.file}: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -57,16 +64,16 @@ def export(options: argparse.Namespace) -> str:
             f"{out}: DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, "
             "trust_remote_code=True)"
         )
-    passport = weights.read_passport(path)
-    tensors = weights.read_tensors(path)
     suffix = {"safetensors": ".safetensors", "official": ".pt"}[options.to]
     if out.is_dir() or out.suffix != suffix:
         raise SettingError(f"--out {out}: give a file that ends in {suffix}")
+    require_folder("--out", out.parent)
+    tensors, passport = weights.read(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     if options.to == "safetensors":
         weights.write(out, tensors, passport)
     else:
-        official.write(out, tensors)
+        official.write(out, tensors, passport.network())
     return f"{out}: {len(tensors)} tensors"
 
 
@@ -74,17 +81,32 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.convert", description="Checkpoints in and out."
     )
+    parser.add_argument("--version", action="version", version=version_line())
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("import", help="a checkpoint of the official code").add_argument
-    add("file", help=".pt or .safetensors; tensors are read, no code of the file is run")
-    add("--out", default="", help="folder for model.safetensors; default: FILE without its ending")
-    add("--arch", default="", help="a network's name, or a YAML with model:; default: by shapes")
-    add("--vae", default="", help="default: sdxl for 4 channels, ostris16 for 16")
-    add("--text-encoder", default="dfn5b-h14")
+    add(
+        "file",
+        type=located,
+        help=".pt or .safetensors; tensors are read, no code of the file is run",
+    )
+    add(
+        "--out",
+        default="",
+        type=located,
+        help="folder for model.safetensors; default: FILE without its ending",
+    )
+    add(
+        "--arch",
+        default="",
+        type=located,
+        help="a network's name, or a YAML with model:; default: by shapes",
+    )
+    add("--vae", default="", type=located, help="default: sdxl for 4 channels, ostris16 for 16")
+    add("--text-encoder", default="dfn5b-h14", type=located)
     add = commands.add_parser("export", help="weights of a run or file").add_argument
-    add("checkpoint", help="a run's folder, or a .safetensors file of one")
+    add("checkpoint", type=located, help="a run's folder, or a .safetensors file of one")
     add("--to", required=True, choices=FORMATS)
-    add("--out", required=True, help="file, or for diffusers folder, to write")
+    add("--out", required=True, type=located, help="file, or for diffusers folder, to write")
     return parser
 
 

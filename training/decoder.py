@@ -5,6 +5,7 @@ and gives every patch an output. It stays a part of the network when nothing is 
 """
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -101,5 +102,4 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=INIT_STD, generator=generator)
         self.entry.initialise()
         for i, block in enumerate(self.blocks):
-            assert isinstance(block, DecoderBlock)
-            block.initialise(0.02 / math.sqrt(2 * (i + 1)), generator)
+            cast(DecoderBlock, block).initialise(0.02 / math.sqrt(2 * (i + 1)), generator)

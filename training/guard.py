@@ -13,7 +13,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from composer import Callback, Logger, State
@@ -73,8 +73,7 @@ class Guard(Callback):
         self._loss, self._samples = torch.zeros((), device=_device(state)), 0
 
     def after_backward(self, state: State, logger: Logger) -> None:
-        loss = state.loss["total"] if isinstance(state.loss, dict) else state.loss
-        assert isinstance(loss, Tensor)
+        loss = cast(Tensor, state.loss["total"] if isinstance(state.loss, dict) else state.loss)
         samples = len(state.batch["latents"])
         self._loss += samples * loss.detach().mean()
         self._samples += samples

@@ -8,7 +8,7 @@ experts are, nor the other parameters, and Composer takes one optimizer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 import torch.distributed as dist
@@ -95,8 +95,7 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], parameter: Parameter) -> Tensor:
         """The gradient's running average, as matrices (N, m, n)."""
-        state, grad = self.state[parameter], parameter.grad
-        assert grad is not None
+        state, grad = self.state[parameter], cast(Tensor, parameter.grad)
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         update = state["momentum"].lerp_(grad, 1 - group["momentum"])

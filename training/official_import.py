@@ -6,17 +6,20 @@ import dataclasses
 from pathlib import Path
 
 import torch
-import yaml
 from pydantic import ValidationError
 
 from pipeline.core.errors import SettingError, nearest
 from pipeline.core.manifest import TextFacts, VaeFacts
+from pipeline.core.text_files import read_yaml_text
+from pipeline.core.yaml12 import parse
 from pipeline.encoders import text_facts, vae_facts
 from training import official, weights
 from training.dit import MicroDiT
 from training.dit_config import MODELS, DiTConfig
 from training.objectives.edm import EDM
+from training.options import require_folder
 from training.settings import Model
+from training.tensors import require_numbers
 
 SIGMA_DATA = 0.9
 VAES = {4: "sdxl", 16: "ostris16"}
@@ -35,17 +38,21 @@ def import_file(path: Path, out: Path, arch: str, vae: str, text_encoder: str) -
         What to tell the user.
 
     Raises:
-        SettingError: a file that is none, holds more than data, or is of another network.
+        SettingError: a file that is none, holds more than data or NaN, or is of another network.
     """
+    base = architecture(arch) if arch else None
+    text, image = text_facts(text_encoder), vae_facts(vae) if vae else None
+    require_folder("--out", out)
     found = official.read(path)
-    config = official.recognise(path, found.tensors, architecture(arch) if arch else None)
+    config = official.recognise(path, found.tensors, base)
+    require_numbers(path, found.tensors)
     name = vae or VAES.get(config.in_channels)
     if name is None:
         raise SettingError(
             f"{path}: {config.in_channels} latent channels, of no released checkpoint; name the "
             "VAE with --vae"
         )
-    passport = _passport(path, config, vae_facts(name), text_facts(text_encoder))
+    passport = _passport(path, config, image or vae_facts(name), text)
     out.mkdir(parents=True, exist_ok=True)
     weights.write(out / "model.safetensors", found.tensors, passport)
     beside = f"; {found.ignored} tensors beside the network left out" if found.ignored else ""
@@ -69,9 +76,9 @@ def architecture(arch: str) -> DiTConfig:
             "file with a section model:"
         )
     try:
-        section = Model.model_validate(yaml.safe_load(Path(arch).read_text())["model"])
+        section = Model.model_validate(parse(read_yaml_text(Path(arch)), arch)["model"])
         return dataclasses.replace(MODELS.get(section.arch, DiTConfig()), **section.sizes())
-    except (ValidationError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (ValidationError, ValueError, KeyError, TypeError) as error:
         text = " ".join(str(error).split())[:200]
         raise SettingError(f"--arch {arch}: no usable section model: ({text})") from error
 

@@ -16,6 +16,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipeline.core import layout
 from pipeline.core.errors import nearest
+from pipeline.core.location import Location, located
 from training.dit_config import FeedForward
 from training.stage_settings import (
     NOISE,
@@ -27,6 +28,9 @@ from training.stage_settings import (
     Sources,
     Stage,
 )
+
+Seed = Annotated[int, Field(ge=0, description="needs a number, any one")]
+FILES = ("cache", "config.json", "leases", "model.safetensors")  # of a run, beside its stages
 
 Pair = Annotated[tuple[Positive, Positive], Field(strict=False)]  # YAML has lists, no tuples
 
@@ -40,14 +44,14 @@ Captions = Annotated[
 class Data(Section):
     """Which column groups are streamed, and how."""
 
-    root: str = Field(
-        default_factory=lambda: os.environ.get(layout.ROOT_VARIABLE) or layout.DEFAULT_ROOT
+    root: Location = Field(
+        default_factory=lambda: located(os.environ.get(layout.ROOT_VARIABLE) or layout.DEFAULT_ROOT)
     )
     sources: Sources
-    vae: str
+    vae: Location
     latents: Literal["mean", "sample", "moments"] = "mean"  # moments: a new sample every epoch
     crop: Literal["center", "random"] = "center"  # latents and crop: as encoded
-    text_encoder: str
+    text_encoder: Location
     #: A captioner or a mix, as given to `pipeline run encode`; or source: that, for those whose
     #: captions are not their own.
     captions: Captions = "alt"
@@ -55,8 +59,19 @@ class Data(Section):
     text_dtype: Literal["float16", "int8"] = "float16"  # of the stored token vectors
     split: str = "train"
     caption_drop: Share = 0.1  # how often a caption is dropped, for classifier-free guidance
-    workers: Annotated[int, Field(ge=0)] = 2  # loader processes a rank; 0 reads in the trainer
-    cache: str = ""  # folder for shards of a remote root; default <folder>/cache
+    #: Loader processes a rank.
+    workers: Annotated[int, Field(ge=0, description="0 reads in the trainer")] = 2
+    cache: Location = ""  # folder for shards of a remote or compressed root; default <folder>/cache
+    # What the cache may hold, e.g. 500GB; "": any amount.
+    cache_limit: Annotated[str, Field(pattern=r"^(\d+(\.\d+)? ?[KMGTP]?B?)?$")] = ""
+    check_hashes: bool = False  # each shard against its commit's sha256, when it is opened first
+    skip_damaged: bool = False  # damaged shards are left out and counted; False: end the run
+
+    def cache_bytes(self) -> int:
+        """0 for any number."""
+        number = self.cache_limit.removesuffix("B").strip()
+        power = "KMGTP".find(number[-1:]) + 1 if number[-1:].isalpha() else 0
+        return int(float(number.rstrip("KMGTP ") or 0) * 1000**power)
 
     def captions_of(self, source: str) -> str:
         return self.captions if isinstance(self.captions, str) else self.captions.get(source, "alt")
@@ -134,7 +149,8 @@ class Logging(Section):
 
 class Checkpoint(Section):
     keep: Count = 1  # of each unfinished stage; a finished one keeps its last
-    remote: str = ""  # folder or s3://, gs:// URL for copies; a start with less goes on from there
+    skip_damaged: bool = False  # go on from the checkpoint before one that is damaged
+    remote: Location = ""  # folder or URL for copies; a start with less goes on from there
 
 
 class Evaluate(Section):
@@ -155,7 +171,7 @@ class Samples(Section):
     count: Count = 8  # of held-out captions
     guidance: Positive = 5.0
     steps: Count = 30  # Heun steps
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 class Guard(Section):
@@ -179,9 +195,9 @@ class Estimate(Section):
 
 class Config(Section):
     name: Annotated[str, Field(pattern=STAGE_NAME)]
-    folder: str = ""  # default runs/<name>
-    seed: Annotated[int, Field(ge=0)] = 18
-    init_from: str = ""  # run folder or weights file to start from; default: random weights
+    folder: Location = ""  # default runs/<name>
+    seed: Seed = 18
+    init_from: Location = ""  # run folder or weights file to start from; default: random weights
     # auto: bf16 through autocast on CUDA, fp32 on CPU. fp64 is for comparisons, not for training.
     precision: Literal["auto", "fp64", "fp32", "amp_bf16"] = "auto"
     parallel: Literal["ddp", "fsdp2"] = "ddp"  # ranks hold all weights, or a part each
@@ -206,6 +222,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        self._check_names()
         if self.stage and self.stage not in self.stages:
             near = nearest(self.stage, self.stages) or f"; stages: {', '.join(self.stages)}"
             raise ValueError(f"stage {self.stage}: no such stage{near}")
@@ -227,6 +244,20 @@ class Config(Section):
                     if (getattr(stage, key) is None) == (objective == self.objective):
                         raise ValueError(f"stages.{name}.{key}: {self._why_not(key)}")
         return self
+
+    def _check_names(self) -> None:
+        if "://" in self.folder:
+            raise ValueError(
+                f"folder {self.folder}: a run trains in a local folder; give checkpoint.remote the "
+                "URL, and copies go there"
+            )
+        if not self.folder.isprintable():  # it goes into records, messages and passports
+            raise ValueError(f"folder {self.folder!r}: has characters that cannot be shown")
+        for name in self.stages:
+            if name in FILES:
+                raise ValueError(
+                    f"stages.{name}: {name} is something else in a run's folder; choose another"
+                )
 
     def _why_not(self, key: str) -> str:
         own = NOISE[self.objective]

@@ -49,8 +49,7 @@ class StopAtSignal(Callback):
             self.now = bool(asked.item())
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        if self.now:
-            assert self.folder is not None
+        if self.now and self.folder is not None:
             saved = self.folder.checkpoints()[-1:]
             raise Terminated(str(saved[0]) if saved else f"the beginning of {self.folder.path}")
 

@@ -1,6 +1,8 @@
-"""CPU threads that let go of their core when another process wants it."""
+"""CPU threads: as many as there is time for, and polite to other processes."""
 
 import os
+
+from pipeline.core.limits import allowed_cpus, usable_cpus
 
 
 def share_cores() -> None:
@@ -13,3 +15,7 @@ def share_cores() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Torch sees which CPUs it may run on, but not that a container has a share of their time; with
+    # a thread for each it is stopped for most of the time.
+    if (cpus := usable_cpus()) < allowed_cpus():
+        os.environ.setdefault("OMP_NUM_THREADS", str(cpus))

@@ -7,7 +7,9 @@ torch is imported.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 
 if sys.path and os.path.basename(sys.path[0]) == "training":
@@ -15,8 +17,13 @@ if sys.path and os.path.basename(sys.path[0]) == "training":
     # modules of the same name. Its parent is what belongs there.
     sys.path[0] = os.path.dirname(sys.path[0])
 
-from pipeline.core.errors import SettingError, StorageError
-from training import folder
+from pipeline.core.errors import BrokenShard, SettingError, StorageError
+from pipeline.core.limits import raise_open_files
+from pipeline.core.streams import survive_readers
+from pipeline.core.temporary import shorten_sockets
+from pipeline.core.version import version_line
+from training import credentials, folder, ranks, shared_memory
+from training.alone import alone
 from training.config import load
 from training.preflight import check
 from training.threads import share_cores
@@ -30,15 +37,26 @@ def main(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2
+    if "--version" in arguments:
+        print(version_line())
+        return 0
+    survive_readers()
     share_cores()
+    try:
+        ranks.settle()
+    except SettingError as error:  # which rank this is, nobody can tell
+        print(f"train: {error}", file=sys.stderr)
+        return 2
     running = False
     try:
+        raise_open_files()
+        shorten_sockets()
         config = load(arguments)
         plan = check(config, need_data=not config.dry_run)
         if config.dry_run:
             from training.estimate import report
 
-            if _first_rank():
+            if ranks.first():
                 print(report(plan))
             return 0
         folder.check(plan)
@@ -46,55 +64,62 @@ def main(arguments: list[str]) -> int:
             from training import parallel  # and torch with it
 
             parallel.check(config)
-        if _first_rank():
-            folder.link_last(plan)
-        if folder.unfinished(plan) or config.checkpoint.remote:
-            _quiet_imports()
-            from training.assemble import run
-            from training.stopping import EXIT_CODE, Terminated
+        busy = bool(folder.unfinished(plan) or config.checkpoint.remote)
+        own = busy and ranks.first()
+        if own:
+            credentials.check(config)
+        with alone(config, arguments) if own else contextlib.nullcontext() as taken:
+            if ranks.first():
+                folder.link_last(plan)
+            if busy:
+                shared_memory.require(plan)
+                _quiet_imports()
+                from training.assemble import run
+                from training.callbacks import StayAlone
+                from training.stopping import EXIT_CODE, Terminated
 
-            running = True
-            try:
-                run(plan)
-            except Terminated as place:
-                if _first_rank():
-                    print(
-                        f"train: SIGTERM: the same command goes on from {place}",
-                        file=sys.stderr,
-                    )
-                return EXIT_CODE
-        if _first_rank():
+                running = True
+                try:
+                    run(plan, [StayAlone(taken)] if taken else [])
+                except Terminated as place:
+                    if ranks.first():
+                        print(
+                            f"train: SIGTERM: the same command goes on from {place}",
+                            file=sys.stderr,
+                        )
+                    return EXIT_CODE
+        if ranks.first():
             where = config.run_folder()
             what = f"stage {config.stage} of {where}" if config.stage else where
             print(f"{what} is finished; see python -m training.generate --checkpoint {where}")
         return 0
     except SettingError as error:
         # Settings are the same on all ranks; what goes wrong later may concern one of them alone.
-        if _first_rank() or running:
-            rank = "" if _first_rank() else f"rank {os.environ['RANK']}: "
+        if ranks.first() or running:
+            rank = "" if ranks.first() else f"rank {os.environ['RANK']}: "
             for line in _message(error).splitlines():
                 print(f"train: {rank}{line}", file=sys.stderr)
         return 2
-    except StorageError as error:
-        print(f"train: {error}", file=sys.stderr)  # of any rank: each may have its own disk
+    except (BrokenShard, StorageError) as error:
+        # Of any rank: each may have its own disk.
+        for line in _message(error).splitlines():
+            print(f"train: {line}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, SystemExit) as error:  # Composer makes the one of the other
         if isinstance(error, SystemExit) and error.code != INTERRUPTED:
             raise
+        # A launcher that got Ctrl-C as well sends this, and would be answered with a traceback.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print("train: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return INTERRUPTED
 
 
-def _message(error: SettingError) -> str:
+def _message(error: Exception) -> str:
     """The error's own lines; torch wraps an error of a loader process in its traceback."""
     text = str(error)
     if "Original Traceback" in text:
-        text = text.rstrip().splitlines()[-1].partition("SettingError: ")[2]
+        text = text.rstrip().splitlines()[-1].partition(f"{type(error).__name__}: ")[2]
     return text
-
-
-def _first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _quiet_imports() -> None:

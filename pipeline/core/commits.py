@@ -7,19 +7,24 @@ interrupted and an uninterrupted run leave the same bytes; times are in the run 
 
 from __future__ import annotations
 
+import functools
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
-from pipeline.core import summary
-from pipeline.core.errors import BrokenShard, SettingError, TooManyRejects
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.core import layout, mends, summary
+from pipeline.core.errors import BrokenShard, NewerSchema, TooManyRejects
 from pipeline.core.samples import InputShard, Reject
 from pipeline.core.spool import Spool
 from pipeline.core.store import Store, fingerprint, sha256
 
-SCHEMA = 1
+SCHEMA = 2  # that is read; a record says 2 only where it has what 1 does not know
 MAX_REJECT_RATE = 0.9  # of a shard; a whole shard of dead links is an outage, not bad pictures
 
 
@@ -37,7 +42,10 @@ class Commit:
     rejects: dict[str, int] = field(default_factory=dict)  # reason -> count
     index: dict[str, Any] | None = None  # the shard's entry in index.json (MDS groups)
     counters: dict[str, int] = field(default_factory=dict)  # further counts a stage reports
-    schema: int = SCHEMA
+    #: Content of the generation that this one replaces with the same pictures and captions in
+    #: other bytes: what was made of that one is as good of this one.
+    reads_as: str = ""
+    schema: int = 1
 
     def content(self) -> str:
         """16 hex digits over the data files: what a stage that reads them depends on.
@@ -45,6 +53,8 @@ class Commit:
         Not the fingerprint: a shard redone to the same bytes leaves what was made of it valid, and
         one redone to others (a refetched link) does not.
         """
+        if self.reads_as:
+            return self.reads_as
         hashes = {n: f["sha256"] for n, f in self.files.items() if not n.startswith("rejects/")}
         return fingerprint(hashes)
 
@@ -67,7 +77,8 @@ def scan(store: Store, group: str) -> Iterator[Commit]:
     """Every commit of a group, in order of shard, one at a time.
 
     Raises:
-        SettingError: a record was written by a newer version of this package.
+        BrokenShard: a record is damaged.
+        NewerSchema: a record was written by a newer version of this package.
     """
     for path, data in summary.records(store, group):
         yield _parse(store, path, data)
@@ -79,8 +90,13 @@ def read_commits(store: Store, group: str) -> dict[str, Commit]:
 
 
 def read_commit(store: Store, group: str, shard: str) -> Commit | None:
-    """One shard's commit, or None where it has none."""
-    path = f"{group}/commits/{shard}.json"
+    """One shard's commit, or None where it has none.
+
+    Raises:
+        BrokenShard: the record is damaged.
+        NewerSchema: it was written by a newer version of this package.
+    """
+    path = commit_path(group, shard)
     try:
         return _parse(store, path, store.read(path))
     except FileNotFoundError:
@@ -88,23 +104,42 @@ def read_commit(store: Store, group: str, shard: str) -> Commit | None:
 
 
 def read_file(store: Store, group: str, commit: Commit, ending: str) -> bytes:
-    """A committed data file, as it was committed.
+    """The committed data file with this ending, as it was committed.
 
     Raises:
         BrokenShard: it is gone, or its bytes are not those of the record.
     """
-    name = commit.file(ending)
+    return read_named(store, group, commit, commit.file(ending))
+
+
+def read_named(store: Store, group: str, commit: Commit, name: str) -> bytes:
+    """`read_file` by the whole name, rejects included."""
     try:
         data = store.read(f"{group}/{name}")
     except FileNotFoundError:
-        data = None
-    if data is None or sha256(data) != commit.files[name]["sha256"]:
-        what = "is missing" if data is None else "differs from its commit record"
-        raise BrokenShard(
-            f"{store.url(f'{group}/{name}')} {what}; `pipeline verify --repair` puts the shard "
-            "back to what is left to do"
-        )
+        raise broken(store, f"{group}/{name}", "is missing") from None
+    if sha256(data) != commit.files[name]["sha256"]:
+        raise broken(store, f"{group}/{name}", _difference(len(data), commit.files[name]))
     return data
+
+
+def _difference(size: int, facts: dict[str, Any]) -> str:
+    if size != facts["bytes"]:
+        return f"has {size} bytes, its commit record says {facts['bytes']}"
+    return "differs from its commit record (sha256)"
+
+
+def broken(store: Store, path: str, what: str) -> BrokenShard:
+    """The error of a file of a shard: what is wrong with it, and the remedy."""
+    return BrokenShard(f"{store.url(path)} {what}; {remedy(store, path)}")
+
+
+def remedy(store: Store, path: str) -> str:
+    """What to do about a damaged file of a group."""
+    words = ["pipeline", "verify", "--repair", "--source", path.split("/")[0]]
+    if store.root != Store(layout.DEFAULT_ROOT).root:
+        words += ["--root", store.root]
+    return f"run `{shlex.join(words)}`, which says what to do again"
 
 
 def write_shard(
@@ -118,6 +153,7 @@ def write_shard(
     index: dict[str, Any] | None = None,
     counters: dict[str, int] | None = None,
     max_reject_rate: float = MAX_REJECT_RATE,
+    reads_as: str = "",
 ) -> Commit:
     """Data files first, then the rejects, last the commit record.
 
@@ -143,9 +179,14 @@ def write_shard(
         keys_sha256=keys_hash(keys),
         rejects=reasons,
         index=index,
-        counters=counters or {},
+        counters={**(counters or {}), mends.COUNTER: mends.MENDS},
+        reads_as=reads_as,
+        schema=SCHEMA if reads_as else 1,
     )
-    store.write_json(commit_path(group, shard.id), asdict(commit))
+    record = asdict(commit)
+    if not reads_as:
+        del record["reads_as"]
+    store.write_json(commit_path(group, shard.id), record)
     return commit
 
 
@@ -156,12 +197,13 @@ def check_rejects(rejects: list[Reject], kept: int, max_reject_rate: float) -> d
         TooManyRejects: they are more than `max_reject_rate` of rejected and kept samples.
     """
     reasons = dict(sorted(Counter(reject.reason for reject in rejects).items()))
-    total = len(rejects) + kept
-    if len(rejects) > max_reject_rate * total:
+    judged = [reject for reject in rejects if not reject.foreseen]
+    total = len(judged) + kept
+    if len(judged) > max_reject_rate * total:
         found = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         raise TooManyRejects(
-            f"{len(rejects)} of {total} samples rejected ({found}; e.g. {rejects[0].key}: "
-            f"{rejects[0].detail}), more than max_reject_rate={max_reject_rate}; not committed"
+            f"{len(judged)} of {total} samples rejected ({found}; e.g. {judged[0].key}: "
+            f"{judged[0].detail}), more than max_reject_rate={max_reject_rate}; not committed"
         )
     return reasons
 
@@ -204,6 +246,7 @@ _UPSTREAM = {
     "latents_made": "latents were made anew",
     "text_made": "text was made anew",
     "official": "the official shard is another",
+    "shard": "its source lists other pictures for it",
 }
 
 
@@ -221,6 +264,8 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
             changes.append(
                 "an earlier release applied the VAE's shift, which the official code lacks"
             )
+        elif key == "mended":
+            changes += [mends.REASONS.get(kind, kind) for kind in b or () if kind not in (a or ())]
         elif key == "dropped":
             changes.append("samples were dropped")
         elif isinstance(a, dict) and isinstance(b, dict):
@@ -232,17 +277,53 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return changes
 
 
+@functools.cache
+def _records() -> TypeAdapter[Commit]:
+    return TypeAdapter(Commit)
+
+
 def _parse(store: Store, path: str, data: bytes) -> Commit:
-    record = json.loads(data)
-    if record.get("schema", 0) > SCHEMA:
-        raise SettingError(
-            f"{store.url(path)}: schema {record['schema']}, this version reads up to {SCHEMA}; "
+    require_schema(store, path, data, "schema", SCHEMA)
+    try:
+        commit = _records().validate_json(data, strict=True)
+        for name, facts in commit.files.items():
+            if not isinstance(facts.get("bytes"), int) or not isinstance(facts.get("sha256"), str):
+                raise ValueError(f"files.{name}: no bytes or sha256")
+    except ValueError as error:
+        raise broken(store, path, f"is no commit record ({reason(error)})") from error
+    return commit
+
+
+def require_schema(store: Store, path: str, data: bytes, key: str, newest: int) -> None:
+    """Raises NewerSchema where a JSON file says that a newer version of this package wrote it."""
+    try:
+        schema = json.loads(data).get(key, 0)
+        newer = schema > newest
+    except (ValueError, AttributeError, TypeError):
+        return  # what it is instead, its reader says
+    if newer:
+        raise NewerSchema(
+            f"{store.url(path)}: schema {schema}, this version reads up to {newest}; "
             "upgrade the package"
         )
-    return Commit(**record)
+
+
+def reason(error: BaseException) -> str:
+    """What is wrong with a record, in a line."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        text = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+    else:
+        text = str(error)
+    return " ".join(text.split())[:200]
 
 
 def _short(value: Any) -> str:
+    """A value for people: words, not Python."""
+    if isinstance(value, (list, tuple)):
+        value = ",".join(map(str, value)) or "none"
+    elif isinstance(value, dict):
+        value = ",".join(f"{key}={item}" for key, item in sorted(value.items())) or "none"
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
@@ -253,4 +334,19 @@ def _table(rejects: list[Reject]) -> bytes:
     from pipeline.core.tables import to_parquet
 
     names = ("key", "stage", "reason", "detail")
-    return to_parquet(pa.table({n: [getattr(r, n) for r in rejects] for n in names}))
+    columns = {name: pa.array([getattr(r, name) for r in rejects], pa.string()) for name in names}
+    places = pa.array([_place(reject) for reject in rejects], pa.string())
+    return to_parquet(pa.table({**columns, "place": places}))
+
+
+def _place(reject: Reject) -> str | None:
+    """A reject's file or link for people, without what may be secret in a link."""
+    text = "" if reject.ref is None else reject.ref.url
+    if "://" in text:
+        try:
+            parts = urlsplit(text)
+            host = parts.netloc.rpartition("@")[2]
+            text = parts._replace(netloc=host, query="", fragment="").geturl()
+        except ValueError:  # no link: what is secret in it nobody can tell
+            text = ""
+    return text.encode("utf-8", "backslashreplace").decode() or None

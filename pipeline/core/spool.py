@@ -14,7 +14,9 @@ from pathlib import Path
 
 from pipeline.core import process
 from pipeline.core.errors import StorageError
+from pipeline.core.location import located
 from pipeline.core.store import TEMPORARY, Store, temporary_name
+from pipeline.core.temporary import temporary_folder
 
 SCRATCH_VARIABLE = "MICRODIT_SCRATCH"  # a folder on a large local disk; default: the system's
 
@@ -25,8 +27,9 @@ def scratch() -> Path:
     Raises:
         StorageError: it cannot be made, or somebody else made it.
     """
-    default = Path(tempfile.gettempdir(), f"microdit-{os.getuid()}")
-    folder = Path(os.environ.get(SCRATCH_VARIABLE) or default)
+    given = os.environ.get(SCRATCH_VARIABLE)
+    default = Path(temporary_folder(), f"microdit-{os.getuid()}")
+    folder = Path(located(given)) if given else default
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Iterable, Iterator
-from typing import IO
+from typing import IO, cast
 
 
 def write_tar(file: IO[bytes], members: Iterable[tuple[str, bytes]]) -> None:
@@ -30,8 +30,7 @@ def read_samples(data: bytes) -> Iterator[tuple[str, dict[str, bytes]]]:
                 yield key, fields
                 fields = {}
             key = stem
-            file = tar.extractfile(member)
-            assert file is not None  # isfile() above
+            file = cast(IO[bytes], tar.extractfile(member))  # isfile() above
             fields[extension] = file.read()
     if key is not None:
         yield key, fields

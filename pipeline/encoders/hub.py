@@ -3,10 +3,13 @@ except in `fetch`: a job that runs for days does not find out on day two that a 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.core.errors import SettingError
+from pipeline.core.errors import SettingError, StorageError
 
 # Weights as safetensors where they exist; never pickles of optimizers or other frameworks.
 _PATTERNS = [
@@ -67,6 +70,59 @@ def fetch(repo: str, subfolder: str = "") -> Path:
     prefix = f"{subfolder}/" if subfolder else ""
     patterns = [prefix + pattern for pattern in _PATTERNS]
     return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+
+
+@contextlib.contextmanager
+def hub_errors(name: str, repo: str) -> Iterator[None]:
+    """What a download can end with, as a line; no token and no signed link is in it.
+
+    Raises:
+        SettingError: no such model or revision, or it needs leave.
+        StorageError: the hub does not answer, or the disk fails.
+    """
+    import requests
+    from huggingface_hub import errors
+
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    page = f"{endpoint.rstrip('/')}/{repo.partition('@')[0]}"
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise SettingError(
+            f"fetch {name}: gated: accept its terms on {page}, then set HF_TOKEN to a token of "
+            "that account (or run `hf auth login`)"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise SettingError(
+            f"fetch {name}: there is no such model, or it is private; see {page}; where it needs "
+            "leave, set HF_TOKEN to the token of an account that has it"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise SettingError(f"fetch {name}: no such revision; see {page}/commits/main") from None
+    except errors.HFValidationError:
+        raise SettingError(f"fetch {name}: is no folder and no hub id") from None
+    except errors.OfflineModeIsEnabled:
+        raise SettingError(f"fetch {name}: HF_HUB_OFFLINE=1 forbids it; unset it") from None
+    except (requests.RequestException, errors.LocalEntryNotFoundError) as error:
+        why = _reason(error)
+        raise StorageError(
+            f"fetch {name}: {endpoint} cannot be reached ({why}); run it where there is a network, "
+            "or set HF_ENDPOINT to a mirror"
+        ) from None
+    except OSError as error:
+        where = error.filename or os.environ.get("HF_HOME") or "~/.cache/huggingface"
+        raise StorageError(
+            f"fetch {name}: {where}: {error.strerror or type(error).__name__}; set HF_HOME to a "
+            "folder that can be written and has room"
+        ) from None
+
+
+def _reason(error: BaseException) -> str:
+    """The kind of the first error that led to this one, or the status that a server gave."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    response = getattr(error, "response", None)
+    return f"HTTP {response.status_code}" if response is not None else type(error).__name__
 
 
 def weights_hash(folder: Path) -> str:

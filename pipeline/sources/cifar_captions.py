@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BeforeValidator, Field
 
+from pipeline.core.location import Location
 from pipeline.sources.tables.url_table import UrlList
 from pipeline.sources.urls import Urls
 from pipeline.sources.web.http import listed
@@ -37,7 +38,7 @@ CLASSES = (
 class CifarCaptions(Urls):
     """Settings beyond those of `urls`."""
 
-    url_list: Annotated[str, Field(min_length=1)] = "hf://datasets/kakaobrain/coyo-700m/data"
+    url_list: Annotated[Location, Field(min_length=1)] = "hf://datasets/kakaobrain/coyo-700m/data"
     caption_col: Annotated[str, Field(min_length=1)] = "text"  # pyright: ignore
 
     #: Words, or phrases, of which one must stand in the text; "car" and "plane" are not among them.
@@ -54,14 +55,14 @@ class CifarCaptions(Urls):
             choice=["cifar-captions 1", list(self.classes), self.min_listed_size],
         )
 
-    def _chosen(self, table: pa.Table) -> pa.Table:
+    def _chosen(self, table: pa.Table) -> pa.Array:
         keep: Any = pc.match_substring_regex(table["caption"], pattern(self.classes))  # pyright: ignore
         if self.min_listed_size:
             # A size that the list does not tell is judged when the picture is there.
             sizes = [table[name].cast(pa.float64()) for name in ("width", "height")]
             shorter = pc.min_element_wise(*sizes, float(self.min_listed_size))  # pyright: ignore
             keep = pc.and_(keep, pc.equal(shorter, float(self.min_listed_size)))  # pyright: ignore
-        return table.filter(keep)
+        return keep
 
 
 def pattern(classes: tuple[str, ...]) -> str:

@@ -16,13 +16,14 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from pipeline.core.errors import SettingError
+from pipeline.core.location import Location
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import InputShard, RawImage, Reject
 from pipeline.sources.files import archives, transfer
 from pipeline.sources.files.hosted import Hosted
 from pipeline.sources.files.lookup import Row, rows_of, sorted_rows
 from pipeline.sources.files.packed import pictures
-from pipeline.sources.tables.captions import caption_text
+from pipeline.sources.tables.captions import BadText, caption_text
 
 ARCHIVE = re.compile(r"sa_(\d{6})\.tar")
 PICTURE = re.compile(r"sa_(\d{1,9})\.\w+")
@@ -40,8 +41,8 @@ class SA1B(Hosted):
 
     #: Meta's list: a TSV with the columns file_name and cdn_link, a path or URL that every worker
     #: can read; from https://ai.meta.com/datasets/segment-anything-downloads/.
-    links: str = Field(default="", repr=False)  # it may be a signed URL itself
-    archives: str = ""  # instead of links: a folder that has the tars
+    links: Location = Field(default="", repr=False)  # it may be a signed URL itself
+    archives: Location = ""  # instead of links: a folder that has the tars
     #: "none": the caption stage writes them. "pixart": published ones; pictures without are
     #: rejected.
     captions: Literal["none", "pixart"] = "none"
@@ -95,7 +96,7 @@ class SA1B(Hosted):
                 "that has the tars)"
             )
         if self.archives:
-            found = {p.name: str(p) for p in Path(self.archives).expanduser().glob("sa_*.tar")}
+            found = {p.name: str(p) for p in Path(self.archives).glob("sa_*.tar")}
             if not found:
                 raise SettingError(f"archives={self.archives}: has no sa_*.tar")
             return found
@@ -131,7 +132,7 @@ def _picture(name: str) -> re.Match[str] | None:
 
 def _links(lines: Iterator[str]) -> dict[str, str]:
     """Tar name -> link. No message holds a link."""
-    reader = csv.DictReader(lines, delimiter="\t")
+    reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     if not {"file_name", "cdn_link"} <= set(reader.fieldnames or ()):
         raise SettingError("links: needs a first line with file_name and cdn_link, tab between")
     found: dict[str, str] = {}
@@ -154,6 +155,9 @@ def _published_rows(url: str) -> Iterator[Row]:
         for member in texts:
             match = TEXT.search(member.name)
             if match and not member.reason:
-                caption = readable(caption_text(member.data))
+                try:
+                    caption = readable(caption_text(member.data))
+                except BadText:
+                    continue  # its picture is rejected as one that has none
                 if caption:
                     yield Row(int(match[1]), f"sa_{match[1]}", caption)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pipeline.core.location import Location
 from pipeline.core.rules import Rules
 from pipeline.sources.hf import CONVERTED, HubDataset
 
@@ -17,6 +18,6 @@ class TextCaps(HubDataset):
 
     rules: ClassVar[Rules] = Rules(image_size=None, min_image_size=0)
 
-    repo: str = f"HuggingFaceM4/TextCaps@{CONVERTED}"
+    repo: Location = f"HuggingFaceM4/TextCaps@{CONVERTED}"
     splits: str = "train,validation=train"  # the paper trains on both
     caption_col: str = "reference_strs"

@@ -150,7 +150,8 @@ def write_tokenizer(names: list[str], folder: Path) -> None:
     )
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens(["<start_of_text>", "<end_of_text>"])
-    assert tokenizer.get_vocab_size() == VOCABULARY, tokenizer.get_vocab_size()
+    if tokenizer.get_vocab_size() != VOCABULARY:
+        raise RuntimeError(f"{tokenizer.get_vocab_size()} tokens, {VOCABULARY} expected")
     start, end = (tokenizer.token_to_id(t) for t in ("<start_of_text>", "<end_of_text>"))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<start_of_text> $A <end_of_text>",

@@ -143,3 +143,30 @@ def test_every_text_encoder_of_the_table_states_its_facts_without_weights(name):
 def test_the_weights_that_ship_fit_in_10_mb():
     folder = Path(VAES["tiny4"][0]).parent
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 10e6
+
+
+@pytest.mark.parametrize("name", ["sdxl", "dfn5b-h14", "llava-1.5-7b", "owner/model@main"])
+def test_fetching_without_a_network_is_one_line(tmp_path, name):
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    command = [str(Path(sys.executable).parent / "pipeline"), "fetch", name]
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"pipeline: fetch {name}: http://127.0.0.1:9 cannot be reached (")
+    assert "HF_ENDPOINT" in line
+
+
+@pytest.mark.parametrize(
+    ("yaml", "line"),
+    [
+        ("rules: {min_image_size: null}", "rules: min_image_size=null: 0 turns it off"),
+        ("max_reject_rate: null", "max_reject_rate=null: 0 turns it off"),
+        ("encode: {seed: null}", "encode.seed=null: needs a value; leave it out"),
+    ],
+)
+def test_null_is_answered_with_what_to_write(monkeypatch, capsys, tmp_path, yaml, line):
+    path = tmp_path / "data.yaml"
+    path.write_text(f"source: openmoji\n{yaml}\n")
+    code, _, err = call(monkeypatch, capsys, "run", "download", "--config", str(path), "--dry-run")
+    assert code == 2
+    assert line in err

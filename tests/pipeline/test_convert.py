@@ -344,7 +344,7 @@ def test_an_import_that_was_shifted_is_not_exported(tmp_path):
         record = store.read_json(path)
         del record["inputs"]["official_form"]
         store.write_json(path, record)
-    with pytest.raises(BrokenShard, match=r"earlier release .* pipeline convert import --stale"):
+    with pytest.raises(BrokenShard, match=r"earlier release.* `pipeline convert import --stale"):
         run_here(export(store, "theirs", latents="sample"), store)
 
 

@@ -22,9 +22,10 @@ from training.settings import Config, Model
 from training.stage_settings import NOISE
 
 ROOT = Path(__file__).parents[2]
+TUNING = sorted(ROOT.glob("yamls/tune*.yaml"))
 
-
-RUNS = sorted([*ROOT.glob("yamls/*.yaml"), *ROOT.glob("yamls/ablations/*.yaml")])
+# Those that start from weights: tests/training/test_init_from.py.
+RUNS = sorted({*ROOT.glob("yamls/*.yaml"), *ROOT.glob("yamls/ablations/*.yaml")} - set(TUNING))
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
@@ -256,7 +257,7 @@ def test_a_stage_begun_before_a_setting_existed_goes_on(
         ("data.sources", ["a", "b", "a"], "data.sources: a is named twice; give sources weights"),
         ("data.sources", "toy", "data.sources='toy': input should be a valid list"),
         ("data.captions", 3, "data.captions=3: input should be a valid string"),
-        ("data.captions", {"a": None}, "data.captions.a=None: input should be a valid string"),
+        ("data.captions", {"a": None}, "data.captions.a=null: needs a value"),
         ("stages.masked.ema_start", 11, "stages.masked: ema_start 11: beyond the stage's"),
         ("stages.masked.final_lr", 0.5, "stages.masked: final_lr 0.5 with schedule constant"),
         ("stages.masked.keep_moments", True, "stages.masked.keep_moments: no stage before"),
@@ -473,6 +474,43 @@ def test_unusable_files(tmp_path: Path, text: str, arguments: list[str], message
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("stages: {on: {steps: 0100}}", [], ""),
+        ("stages: {0100: {steps: 100}}", [], ""),
+        ("stages: {x: {steps: 1_000}}", [], "stages.x.steps='1_000': input should be a valid int"),
+        ("stages: {x: {steps: 100}}\n'': 3", [], "'': unknown key"),
+        ("stages: {x: {steps: 100}}\n'[a]': 3", [], "[a]: unknown key"),
+        ("stages: {x: {steps: 100, '[a]': 3}}", [], "stages.x.[a]: unknown key"),
+        ("stages: {x: {steps: 100}}", ["=3"], "=3: write dotted.key=value"),
+        ("stages: {x: {steps: 100}}", ["compile=yes"], "compile='yes': input should be a valid b"),
+        ("stages: {x: {steps: 100}}\nstages: {}", [], "key stages is there twice"),
+        ("stages: {x: {steps: 100}}\ncompile: yes", [], "compile='yes': input should be a valid b"),
+        ("3", [], "run.yaml: expected a mapping of settings, found 3"),
+    ],
+)
+def test_yaml_is_read_as_version_1_2(
+    raw: dict[str, Any], tmp_path: Path, text: str, arguments: list[str], message: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    raw = {key: value for key, value in raw.items() if key != "stages"}
+    path.write_text(_flow(raw, text))
+    if message:
+        with pytest.raises(SettingError, match=re.escape(message)):
+            load([str(path), *arguments])
+        return
+    stages = load([str(path), *arguments]).stages
+    assert [stage.steps for stage in stages.values()] == [100]
+
+
+def _flow(raw: dict[str, Any], text: str) -> str:
+    """As a YAML file: each of the settings on a line."""
+    if text == "3":
+        return text
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in raw.items()) + text
+
+
 def test_missing_file_names_the_nearest() -> None:
     with pytest.raises(SettingError, match=r'demmo.yaml: No such file .*"demo.yaml"'):
         load([str(ROOT / "yamls/demmo.yaml")])
@@ -487,3 +525,58 @@ def test_sizes_of_the_network_are_the_networks_own() -> None:
     assert ours == {field.name for field in fields(DiTConfig)} - derived
     for arch in MODELS:
         Model(arch=arch)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [
+        ("evaluate.every", "0 turns it off"),
+        ("samples.every", "0 turns it off"),
+        ("stages.masked.warmup", "0 turns it off"),
+        ("defaults.warmup", "0 turns it off"),
+        ("data.caption_drop", "0 turns it off"),
+        ("data.workers", "0 reads in the trainer"),
+        ("seed", "needs a number, any one"),
+        ("samples.guidance", "needs a value; leave it out for the default, 5.0"),
+        ("checkpoint.remote", 'needs a value; write "" for none'),
+        ("stages.masked.steps", "needs a value"),
+        ("data", "needs a value"),
+    ],
+)
+def test_null_is_answered_with_what_to_write(raw: dict[str, Any], key: str, instead: str) -> None:
+    with pytest.raises(SettingError) as error:
+        resolve(changed(raw, key, None))
+    assert str(error.value) == f"{key}=null: {instead}"
+
+
+def test_every_path_setting_knows_homes(
+    raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for key in ("data.root", "data.cache", "folder", "init_from", "checkpoint.remote", "data.vae"):
+        raw = changed(raw, key, f"~/{key}")
+    config = resolve(raw)
+    assert config.data.root == "/home/me/data.root"
+    assert config.data.cache == "/home/me/data.cache"
+    assert config.data.vae == "/home/me/data.vae"
+    assert config.run_folder() == Path("/home/me/folder")
+    assert config.init_from == "/home/me/init_from"
+    assert config.checkpoint.remote == "/home/me/checkpoint.remote"
+    monkeypatch.setenv("MICRODIT_ROOT", "~/big")
+    del raw["data"]["root"]
+    assert resolve(raw).data.root == "/home/me/big"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_settings_in_any_encoding_of_the_standard(
+    tmp_path: Path, raw: dict[str, Any], encoding: str
+) -> None:
+    text = json.dumps(changed(raw, "samples.prompts", ["für mich"]), ensure_ascii=False)
+    (tmp_path / "run.yaml").write_text(text, encoding=encoding)
+    assert load([str(tmp_path / "run.yaml")]).samples.prompts == ["für mich"]
+
+
+def test_settings_in_latin_1_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(b"name: x\n# f\xfcr mich\n")
+    with pytest.raises(SettingError, match=r"run\.yaml: line 2 is not UTF-8"):
+        load([str(tmp_path / "run.yaml")])

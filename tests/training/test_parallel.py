@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from tests.training.groups import SHIPPED, make_encoders, make_source, settings
 from tests.training.networks import SMALL, inputs, random_model
 from tests.training.runs import Poison, plan_of, run_process
+from tests.training.test_ranks import launched
 from tests.training.test_samples import PROMPTS, pictures
 from training import assemble, journal, parallel
 from training.blocks import DiTBlock
@@ -123,7 +124,9 @@ def test_a_machine_that_cannot(
     message: str,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    for name, value in launched(rank=0, world=ranks, per_node=ranks).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NODE_RANK", "")  # to be put back
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(data | FSDP2 | {"folder": str(tmp_path / "run")}))
     assert main([str(path)]) == 2

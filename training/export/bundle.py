@@ -115,7 +115,8 @@ def _relative(module: str, text: str, prefix: str) -> str:
             lines[node.lineno - 1] = line.replace(
                 f"from {source} import", f"from {prefix}{_flat(source)} import", 1
             )
-            assert lines[node.lineno - 1] != line, f"{module}:{node.lineno}"
+            if lines[node.lineno - 1] == line:
+                raise CannotBundle(f"{module}:{node.lineno}: an import over several lines")
     return "".join(lines)
 
 

@@ -55,8 +55,7 @@ def _require_end(tar: tarfile.TarFile) -> None:
 
 
 def _tar_data(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(info)
-    assert file is not None  # a regular file
+    file = cast(IO[bytes], tar.extractfile(info))  # of a regular file there is one
     data = file.read()
     if len(data) != info.size:
         raise BrokenArchive(f"it breaks off in {info.name}")

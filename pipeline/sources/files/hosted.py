@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, field_validator
 
 from pipeline.core.errors import SettingError
+from pipeline.core.location import located
 from pipeline.core.store import Store
 from pipeline.sources.files import hub
 
@@ -30,9 +30,10 @@ class Hosted(BaseModel):
     @field_validator("base")
     @classmethod
     def _no_secrets(cls, base: str) -> str:
-        if "?" in base or re.search(r"//[^/]*@", base.replace("hf://datasets/", "")):
+        link = base.startswith(("http://", "https://"))  # elsewhere ? is a letter of a name
+        if (link and "?" in base) or re.search(r"//[^/]*@", base.replace("hf://datasets/", "")):
             raise ValueError("must hold no user, password or query: it is kept with every shard")
-        return os.path.expanduser(base.rstrip("/"))
+        return located(base.rstrip("/"))
 
     def attach(self, store: Store, folder: str) -> None:
         """Settles which commit each hub dataset is read at; asks the hub the first time only."""

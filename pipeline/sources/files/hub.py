@@ -63,7 +63,8 @@ def commit(repo: str, revision: str = "main") -> str:
     def ask() -> str:
         with _explained(repo, revision):
             sha = _api().dataset_info(repo, revision=revision, timeout=30).sha
-            assert sha is not None
+            if sha is None:
+                raise Interrupted("the hub names no commit")
             return sha
 
     return patiently(repo, ask)
@@ -105,7 +106,7 @@ def patiently(repo: str, ask: Callable[[], T]) -> T:
             time.sleep(min(max(transfer.BACKOFF_S * 2**attempt, error.after_s), transfer.LONGEST_S))
         except TransferError as error:
             raise SettingError(str(error)) from None
-    raise AssertionError
+    raise SettingError(f"{repo}: the hub cannot be asked")
 
 
 def link(url: str) -> Link:

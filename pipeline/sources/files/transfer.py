@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
+from pipeline.core.disk import second_name
 from pipeline.core.errors import StorageError
+from pipeline.core.location import located
 from pipeline.core.spool import SCRATCH_VARIABLE, scratch
 from pipeline.core.store import size as readable
 from pipeline.sources.files.scratch_files import locked, record_of, remove, require_space
@@ -99,7 +101,7 @@ def local(
         StorageError: the scratch folder is full or cannot be written.
     """
     if "://" not in url or url.startswith("file://"):
-        path = Path(url.removeprefix("file://")).expanduser()
+        path = Path(located(url).removeprefix("file://"))
         if not path.is_file():
             raise TransferError(f"{path}: there is no such file")
         yield path
@@ -160,7 +162,7 @@ class Transfer:
             # Whole already, and upstream is asked whether still so. A second name of the file, for
             # others may be reading it under its first one.
             self.part.unlink(missing_ok=True)
-            os.link(self.target, self.part)
+            second_name(self.target, self.part)
         failed, mismatches = 0, 0
         most = (
             self._have()
@@ -242,7 +244,8 @@ class Transfer:
         Raises:
             Interrupted: it is too short. Changed: it is not what upstream said.
         """
-        assert self.facts is not None  # begin() was called
+        if self.facts is None:
+            raise Interrupted("nothing came")
         have, expected = self._have(), self.facts.size
         if expected is not None and have < expected:
             raise Interrupted(f"{have} of {expected} bytes came")

@@ -35,7 +35,8 @@ def fetch(job: Transfer, url: str, protocol: str) -> None:
     facts = _facts(fs, url)
     if have and facts.version != known.version:
         raise Changed("upstream has another version now")
-    assert facts.size is not None
+    if facts.size is None:
+        raise TransferError(f"{public(url)}: its store does not say how long it is")
     with job.begin(facts, have) as file:
         while have < facts.size:
             end = min(have + BLOCK, facts.size)
