@@ -32,7 +32,7 @@ Root = Annotated[
 Config = Annotated[
     Path | None,
     typer.Option(
-        help="Data YAML; default yamls/data/SOURCE.yaml where it exists.", callback=path_option
+        help="Data YAML; default yamls/data/SOURCE.yaml, or the package's.", callback=path_option
     ),
 ]
 

@@ -154,9 +154,10 @@ def _finish(stage: Stage, root: str, common: Common) -> None:
 
 def _encode_config(common: Common, source: str, given: dict[str, Any]) -> EncodeConfig:
     """What the source's YAML says of encode, where it has one, and the options."""
-    from pipeline.config import load_config
+    from pipeline.config import check_names, load_config
 
     overrides = {f"encode.{key}": value for key, value in given.items()}
+    check_names(overrides)
     return load_config(source, common.config, overrides).encode
 
 

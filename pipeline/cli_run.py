@@ -45,7 +45,7 @@ class Common:
     config: Annotated[
         Path | None,
         typer.Option(
-            help="Data YAML; default yamls/data/SOURCE.yaml where it exists.",
+            help="Data YAML; default yamls/data/SOURCE.yaml, or the package's.",
             callback=path_option,
         ),
     ] = None
@@ -317,7 +317,7 @@ def _settings(section: str, given: list[str] | None) -> dict[str, Any]:
 
 
 def _run(stages: list[str], common: Common, overrides: dict[str, Any]) -> None:
-    from pipeline.config import build_stage, default_root, load_config
+    from pipeline.config import build_stage, check_names, default_root, load_config
     from pipeline.core.store import Store
     from pipeline.progress import table
     from pipeline.sources import SOURCES
@@ -329,6 +329,7 @@ def _run(stages: list[str], common: Common, overrides: dict[str, Any]) -> None:
             "--config, e.g. --source openmoji"
         )
     retry_failed = bool(overrides.pop("retry_failed", False))
+    check_names(overrides)
     root = common.root or default_root()
     sources: list[str | None] = [common.source]
     if stages[0] != "download" and common.config is None and common.source not in SOURCES:

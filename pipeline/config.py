@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pkgutil
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +23,7 @@ from pipeline.stages import STAGES, Stage
 
 if TYPE_CHECKING:
     from pipeline.stages.download import Source
+    from pipeline.stages.encode import EncodeSettings
 
 
 class CaptionConfig(BaseModel):
@@ -69,7 +71,7 @@ class DataConfig(BaseModel):
 
 
 def load_config(source: str | None, path: Path | None, overrides: dict[str, Any]) -> DataConfig:
-    """The source's YAML (yamls/data/<source>.yaml where it exists, or `path`), then `overrides`.
+    """The source's YAML (`path`, or that of its name: see `default_yaml`), then `overrides`.
 
     Args:
         source: a name of the table, or of a YAML that says of which kind it is; None takes it from
@@ -80,8 +82,7 @@ def load_config(source: str | None, path: Path | None, overrides: dict[str, Any]
         SettingError: unreadable file, unknown key or wrong type.
     """
     if path is None and source is not None:
-        default = Path("yamls", "data", f"{source}.yaml")
-        path = default if default.is_file() else None
+        path = default_yaml(source)
     record: dict[str, Any] = {}
     if path is not None:
         record = read_yaml(path)
@@ -107,6 +108,45 @@ def load_config(source: str | None, path: Path | None, overrides: dict[str, Any]
     if config.kind:
         known(config.kind, SOURCES, "kind")
     return config
+
+
+def default_yaml(source: str) -> Path | None:
+    """yamls/data/<source>.yaml of the working folder, else of the package; None where neither has
+    one."""
+    package = Path(str(files("pipeline.sources") / "yamls"))
+    for folder in (Path("yamls", "data"), package):
+        if "/" not in source and (folder / f"{source}.yaml").is_file():
+            return folder / f"{source}.yaml"
+    return None
+
+
+def check_names(overrides: dict[str, Any]) -> None:
+    """Names and choices that were given with options, before anything is looked for under a root.
+
+    Raises:
+        SettingError: one that does not exist.
+    """
+    given = {key: value for key, value in overrides.items() if value is not None}
+    if "kind" in given:
+        known(given["kind"], SOURCES, "kind")
+    if "caption.captioner" in given:
+        from pipeline.stages.caption import check_captioner
+
+        check_captioner(given["caption.captioner"])
+    encode = {k.removeprefix("encode."): v for k, v in given.items() if k.startswith("encode.")}
+    if not encode:
+        return
+    from pipeline.encoders import locate_text, locate_vae
+
+    try:
+        config = EncodeConfig.model_validate(encode)
+    except ValidationError as error:
+        raise SettingError(one_line(error, EncodeConfig, "encode.")) from error
+    encode_settings(config)
+    if "vae" in encode:
+        locate_vae(encode["vae"])
+    if "text_encoder" in encode:
+        locate_text(encode["text_encoder"])
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -167,12 +207,17 @@ def build_stage(name: str, config: DataConfig, retry_failed: bool = False) -> St
         own = config.caption.model_extra
         captioner, clean = config.caption.captioner, config.caption.clean
         return cls(config.source, captioner, config.max_reject_rate, own, clean)
+    return cls(config.source, encode_settings(config.encode), config.max_reject_rate)
+
+
+def encode_settings(config: EncodeConfig) -> EncodeSettings:
+    """Raises SettingError for a value that is none of its choices."""
     from pipeline.stages.encode import EncodeSettings
 
-    values = config.encode.model_dump()
+    values = config.model_dump()
     for name in ("resolutions", "hashes"):
         values[name] = tuple(values[name])
-    return cls(config.source, EncodeSettings(**values), config.max_reject_rate)
+    return EncodeSettings(**values)
 
 
 def default_root() -> str:

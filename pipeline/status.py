@@ -20,6 +20,7 @@ from pipeline.core.mends import REASONS
 from pipeline.core.store import Store, size
 from pipeline.plan import GroupPlan, plan, summarise
 from pipeline.progress import console
+from pipeline.sources import SOURCES
 from pipeline.stages import STAGES
 from pipeline.stages.looks import findings
 
@@ -235,8 +236,10 @@ def sources_of(store: Store, source: str | None = None) -> list[str]:
         if set(layout.KINDS) & set(store.folders(name)) and groups_of(store, name)
     ]
     if not sources:
+        hint = "" if source is None or source in SOURCES else nearest(source, SOURCES)
+        hint = f" (source={source}: unknown{hint})" if hint else ""
         raise SettingError(
-            f"--root {store.root}: nothing there; start with "
+            f"--root {store.root}: nothing there{hint}; start with "
             "`pipeline run download --source openmoji`"
         )
     if source is not None and source not in sources:

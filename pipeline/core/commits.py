@@ -265,6 +265,10 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         name = f"{prefix}{key}"
         if key in _UPSTREAM and a and b:
             changes.append(_UPSTREAM[key])
+        elif key == "official_form":
+            changes.append(
+                "an earlier release applied the VAE's shift, which the official code lacks"
+            )
         elif key == "mended":
             changes += [mends.REASONS.get(kind, kind) for kind in b or () if kind not in (a or ())]
         elif key == "dropped":

@@ -42,7 +42,7 @@ COUNTS = ("samples", "splits", "shards")  # fields of a manifest that are sums o
 
 def kind_of(group: str) -> str:
     """ "latents" of "cc12m/latents/sdxl/256"."""
-    return group.split("/")[1]
+    return f"{group}/".split("/")[1]
 
 
 def indexed(group: str) -> bool:
@@ -58,6 +58,9 @@ def of(group: str, inputs: Mapping[str, Any]) -> str:
         return ""
     if isinstance(found.get("captions"), dict):
         found["captions"] = str(mix.Mix(found["captions"]))
+    converted = inputs.get("stage") in ("export", "import")
+    if converted and found.get("official_form") == "" and found["vae"].get("shift"):
+        found["official_form"] = "raw less shift, times scale"  # of a release that applied it
     if "latents_made" in found:
         found["resolutions"] = sorted(map(int, found.pop("latents_made")))
     if kind_of(group) == "official" and found["latents"] == "moments":

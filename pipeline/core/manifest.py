@@ -83,7 +83,7 @@ class OfficialManifest(Strict):
     schema_version: int = SCHEMA
     kind: str = "official"
     source: str
-    vae: VaeFacts  # latents are shifted and scaled with these already
+    vae: VaeFacts  # latents are scaled with its scale already, and never shifted
     text_encoder: TextFacts  # all rows of its length
     resolutions: list[int]  # sides of the encoded pictures, pixels: columns latents_<side>
     crop: str

@@ -2,8 +2,11 @@
 
     caption           str
     caption_latents   bytes   fp16 (1, length, width), row-major: (1, 77, 1024)
-    latents_256       bytes   fp16 (C, 32, 32), shifted and scaled already
+    latents_256       bytes   fp16 (C, 32, 32), scaled already: raw · scale
     latents_512       bytes   fp16 (C, 64, 64), the same
+
+The official code knows no shift, neither when it encodes nor when it decodes: what it calls a
+latent is the raw one times the VAE's scale, whatever shift the VAE's config has.
 
 Column groups hold raw latents, and fp16 rounds twice on the way there and back: of the values of
 SDXL's latents 4 % come back one unit in the last place (ulp) off, which is what fp16 storage costs
@@ -16,13 +19,18 @@ import re
 
 import numpy as np
 
-from pipeline.core.latents import to_model, to_raw
 from pipeline.core.manifest import TextFacts, VaeFacts
 
 CAPTION = "caption"
 TOKENS = "caption_latents"
 DTYPE = "float16"  # of every array
 CORRECTIONS = "corrections"  # column of a latents group's parquet of keys
+
+
+def form(vae: VaeFacts) -> dict[str, str]:
+    """What inputs say of a shard that is exported or imported, where it makes a difference: earlier
+    releases applied the shift as well."""
+    return {"official_form": "raw times scale, no shift"} if vae.shift else {}
 
 
 def latents_column(resolution: int) -> str:
@@ -56,7 +64,7 @@ def to_official(raw: np.ndarray, vae: VaeFacts, correction: bytes = b"") -> np.n
             official one to the bit.
     """
     with np.errstate(over="ignore"):
-        scaled = to_model(raw.astype(np.float32), vae).astype(DTYPE)
+        scaled = (raw.astype(np.float32) * vae.scale).astype(DTYPE)
     if correction:
         bits = scaled.view(np.uint16).reshape(-1)
         mask_bytes = (bits.size + 7) // 8
@@ -74,7 +82,7 @@ def from_official(scaled: np.ndarray, vae: VaeFacts) -> tuple[np.ndarray, bytes]
         (uint16, modulo 65536). Empty where the way back is exact.
     """
     with np.errstate(over="ignore"):
-        raw = to_raw(scaled.astype(np.float32), vae).astype(DTYPE)
+        raw = (scaled.astype(np.float32) / vae.scale).astype(DTYPE)
     distance = scaled.view(np.uint16) - to_official(raw, vae).view(np.uint16)
     missed = distance != 0
     if not missed.any():

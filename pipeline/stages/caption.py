@@ -183,6 +183,12 @@ class CaptionWorker:
                 yield captioning.Picture(image.key, opened, data, sizes.get(image.key))
 
 
+def check_captioner(name: str) -> None:
+    """Raises SettingError where there is no captioner of this name."""
+    with one_line_errors():
+        captioning.find(name)
+
+
 def own_settings(captioner: str, given: dict[str, Any]) -> dict[str, Any]:
     """A captioner's settings out of a YAML or flags, as the types that it declares.
 

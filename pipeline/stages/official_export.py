@@ -86,6 +86,7 @@ class Export:
             "crop": s.crop,
             "captions": s.captions,
             "text_dtype": self.text.dtype,
+            **official.form(self.vae),
         }
         for group, manifest in [
             *((self.latents_groups[r], found) for r, found in self.latents.items()),
@@ -275,6 +276,12 @@ class _Shard:
         self.rows: dict[str, int] = dict(zip(keys, table["row"].to_pylist(), strict=True))
         self.corrections: dict[str, bytes] = {}
         if official.CORRECTIONS in table.column_names:
+            made = commit.inputs
+            if made["vae"]["shift"] and "official_form" not in made:
+                raise BrokenShard(
+                    f"{self.where} was imported by an earlier release, which applied the VAE's "
+                    "shift; run `pipeline convert import --stale` first"
+                )
             values = table[official.CORRECTIONS].to_pylist()
             self.corrections = dict(zip(keys, values, strict=True))
         self._samples: list[dict[str, Any]] = []

@@ -103,6 +103,7 @@ class Import:
                     "vae": vae,
                     "resolution": r,
                     "latents": self.settings.latents,
+                    **official.form(self.vae),
                 }
                 for r in self.resolutions
             }

@@ -12,13 +12,12 @@ import pytest
 from streaming import MDSWriter, StreamingDataset
 from streaming.base.util import merge_index
 
-from pipeline.core import drops, layout, official
+from pipeline.core import drops, facts, layout, official
 from pipeline.core.catalog import Catalog
 from pipeline.core.commits import read_commits
 from pipeline.core.errors import BrokenShard, SettingError
-from pipeline.core.latents import to_model
 from pipeline.core.manifest import OfficialManifest, VaeFacts, read_manifest
-from pipeline.core.store import Store
+from pipeline.core.store import Store, fingerprint
 from pipeline.core.tables import from_parquet
 from pipeline.core.tokens import dequantise
 from pipeline.encoders import VAES, vae_facts
@@ -142,7 +141,7 @@ def test_the_official_loader_reads_our_groups_after_scaling(downloaded, latents)
         np.testing.assert_array_equal(sample["caption_latents"][0], text[sample["caption"]])
         for side in SIDES:
             raw = ours[side][key][:4]  # of moments, the mean
-            expected = to_model(raw.astype(np.float32), vae).astype(np.float16)
+            expected = (raw.astype(np.float32) * vae.scale).astype(np.float16)
             np.testing.assert_array_equal(sample[f"latents_{side}"], expected)
     manifest = read_manifest(downloaded, group)
     assert isinstance(manifest, OfficialManifest)
@@ -257,7 +256,8 @@ def test_a_round_trip_gives_every_column_byte_for_byte(tmp_path, compression, pa
     assert (manifest.latents, manifest.source) == ("sample", "theirs")  # pyright: ignore
     assert stage.latents_group(32) == "theirs/latents/tiny4/32.sample"
     (commit, *_) = read_commits(store, stage.text_group()).values()
-    assert commit.counters == {"distinct_captions": 4, "further_vectors_of_a_caption": 0}
+    assert commit.counters["distinct_captions"] == 4
+    assert commit.counters["further_vectors_of_a_caption"] == 0
     assert verify(store, select(store, None, None), workers=1).problems == 0
 
 
@@ -278,7 +278,9 @@ def test_a_group_that_was_imported_streams_to_training(tmp_path):
     for row, latent, y in zip(rows, batch["latents"].numpy(), batch["y"].numpy(), strict=True):
         assert y.tobytes() == row["caption_latents"]
         expected = np.frombuffer(row["latents_64"], np.float16).reshape(4, 8, 8)
-        assert ulps(latent, expected).max() <= 1
+        vae = vae_facts(encoders.vae)
+        assert vae.shift  # which is ours alone
+        assert ulps(latent + vae.shift * vae.scale, expected).max() <= 1
     assert [dataset[i]["caption"] for i in range(8)] == [row["caption"] for row in rows]
 
 
@@ -300,11 +302,51 @@ def test_every_finite_official_value_comes_back_to_the_bit(vae):
     back = official.to_official(raw, vae, correction)
     np.testing.assert_array_equal(back.view(np.uint16), values.view(np.uint16))
     # What training sees, without the correction: fp16's own rounding of the raw latent.
-    if vae.shift == 0:
-        plain = official.to_official(raw, vae)
-        distance = plain.view(np.int16).astype(int) - values.view(np.int16)
-        distance[(plain == 0) & (values == 0)] = 0  # -0 comes back as 0
-        assert np.abs(distance).max() <= 1
+    plain = official.to_official(raw, vae)
+    distance = plain.view(np.int16).astype(int) - values.view(np.int16)
+    distance[(plain == 0) & (values == 0)] = 0  # -0 comes back as 0
+    assert np.abs(distance).max() <= 1
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.0609, -3.0])
+def test_the_official_code_scales_and_never_shifts(shift):
+    """Its encoder stores z · scale, its sampler decodes latent / scale (micro_diffusion)."""
+    vae = SHIFTED.model_copy(update={"shift": shift, "scale": 0.5})
+    raw = np.array([-2.5, 0.0, 0.25, 7.0], np.float16)
+    np.testing.assert_array_equal(official.to_official(raw, vae), raw / 2)
+    back, correction = official.from_official(raw / 2, vae)
+    np.testing.assert_array_equal(back, raw)
+    assert correction == b""
+
+
+def test_exports_that_were_shifted_are_stale_and_others_are_not(encoded):
+    stage = export(encoded)  # tiny4 has a shift
+    run_here(stage, encoded)
+    path = f"{stage.group}/commits/00000.json"
+    record = encoded.read_json(path)
+    inputs = {name: v for name, v in record["inputs"].items() if name != "official_form"}
+    assert inputs != record["inputs"]
+    encoded.write_json(path, {**record, "inputs": inputs, "fingerprint": fingerprint(inputs)})
+    assert facts.clashes(facts.of(stage.group, record["inputs"]), facts.of(stage.group, inputs))
+    (found,) = plan(export(encoded), Catalog(encoded)).groups.values()
+    assert list(found.stale) == [
+        "an earlier release applied the VAE's shift, which the official code lacks"
+    ]
+    assert official.form(vae_facts("sdxl")) == {}
+
+
+def test_an_import_that_was_shifted_is_not_exported(tmp_path):
+    write_official(tmp_path / "official", 2)
+    store = Store(tmp_path / "root")
+    stage = import_(tmp_path / "official")
+    run_here(stage, store)
+    for number in SIDES:
+        path = f"{stage.latents_group(number)}/commits/00000.json"
+        record = store.read_json(path)
+        del record["inputs"]["official_form"]
+        store.write_json(path, record)
+    with pytest.raises(BrokenShard, match=r"earlier release.* `pipeline convert import --stale"):
+        run_here(export(store, "theirs", latents="sample"), store)
 
 
 def test_corrections_of_sdxl_cost_a_thirtieth():
@@ -330,7 +372,8 @@ def test_a_caption_with_several_vectors_keeps_them(tmp_path):
     stage = import_(folder)
     run_here(stage, store)
     (commit,) = read_commits(store, stage.text_group()).values()
-    assert commit.counters == {"distinct_captions": 3, "further_vectors_of_a_caption": 1}
+    assert commit.counters["distinct_captions"] == 3
+    assert commit.counters["further_vectors_of_a_caption"] == 1
     out = export(store, "theirs", latents="sample")
     run_here(out, store)
     assert mds_rows(store, out.group) == rows

@@ -564,3 +564,24 @@ def test_unknown_rules_are_errors(settings):
 def test_importing_it_loads_no_torch():
     code = "import sys, pipeline.core.images; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "resolution", "apart"),
+    [
+        *((203, 200, 200, 1.0), (204, 200, 200, 0.0), (200, 205, 200, 0.0)),  # crops alone
+        *((643, 480, 256, 1.0), (480, 643, 256, 1.0), (1003, 750, 64, 1.0), (300, 300, 64, 0.0)),
+    ],
+)
+def test_crops_are_at_most_a_pixel_from_the_official_codes(width, height, resolution, apart):
+    """Its transforms are torchvision's Resize and CenterCrop, which round otherwise than we do."""
+    from torchvision.transforms import CenterCrop, InterpolationMode, Resize
+
+    longer = max(width, height)
+    row = np.linspace(0, 255, longer).round().astype(np.uint8)
+    pixels = np.broadcast_to(row[:, None] if height > width else row[None], (height, width))
+    picture = Image.fromarray(np.repeat(pixels[..., None], 3, axis=2))
+    official = CenterCrop(resolution)(Resize(resolution, InterpolationMode.BICUBIC)(picture))
+    ours = fit(picture, resolution).astype(int)
+    step = 255 / (longer * resolution / min(width, height))  # from a pixel to the next
+    assert np.abs(ours - np.asarray(official)).max() <= LSB + apart * step
