@@ -271,6 +271,16 @@ def test_texts_that_are_no_captions_make_their_shard_stale(tmp_path, home):
     assert "x/text/tiny-clip/colour.full" in stale(store, encode)  # what was made of them
 
 
+def test_a_server_gets_the_file_itself_only_where_it_would_see_the_same(tmp_path, home):
+    store, captions = Store(tmp_path / "root"), CaptionStage("x", "colour")
+    run_here(download(home, number=3), store)
+    catalog = Catalog(store)
+    (job,) = plan(captions, catalog).jobs(captions, catalog)
+    (group,) = captions.groups()
+    given = [picture.data for picture in captions.open(store)._pictures(job, group, {})]
+    assert [data is None for data in given] == [False, False, True]
+
+
 def test_a_large_old_root_says_that_it_is_looked_through(old, home, monkeypatch):
     monkeypatch.setattr("pipeline.core.mends.SAY_EVERY_S", 0.0)
     lines: list[str] = []
