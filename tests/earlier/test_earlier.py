@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from pipeline.core import layout
 from pipeline.core.commits import read_commits
+from pipeline.core.mends import COLOURS, METADATA, REASONS
 from pipeline.core.store import Store
 from tests.pipeline.roots import mds_rows
 
@@ -60,10 +61,15 @@ def groups(folder: Path) -> dict[str, dict[str, int]]:
     return {f"{row['source']}/{row['group']}": row for row in json.loads(shown.stdout)}
 
 
-def test_nothing_is_stale(earlier: Path) -> None:
+def test_only_what_this_version_mends_is_stale(earlier: Path) -> None:
+    """Of the links, the shard with a place in it, and the latents of one with a colour profile."""
     found = groups(earlier)
     assert len(found) == 10
-    assert not [name for name, row in found.items() if row["stale"] or row["left"]]
+    assert not [name for name, row in found.items() if row["left"]]
+    assert {name: row["stale"] for name, row in found.items() if row["stale"]} == {
+        "links/images": {REASONS[METADATA]: 1},
+        "links/latents/tiny4/64": {REASONS[COLOURS]: 1},
+    }
 
 
 def test_verify_finds_nothing(earlier: Path) -> None:

@@ -18,6 +18,7 @@ from pipeline.core.commits import read_commits
 from pipeline.core.errors import BrokenShard, SettingError
 from pipeline.core.latents import to_model
 from pipeline.core.manifest import OfficialManifest, VaeFacts, read_manifest
+from pipeline.core.mends import MENDS
 from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
 from pipeline.core.tokens import dequantise
@@ -257,7 +258,11 @@ def test_a_round_trip_gives_every_column_byte_for_byte(tmp_path, compression, pa
     assert (manifest.latents, manifest.source) == ("sample", "theirs")  # pyright: ignore
     assert stage.latents_group(32) == "theirs/latents/tiny4/32.sample"
     (commit, *_) = read_commits(store, stage.text_group()).values()
-    assert commit.counters == {"distinct_captions": 4, "further_vectors_of_a_caption": 0}
+    assert commit.counters == {
+        "distinct_captions": 4,
+        "further_vectors_of_a_caption": 0,
+        "mends": MENDS,
+    }
     assert verify(store, select(store, None, None), workers=1).problems == 0
 
 
@@ -330,7 +335,11 @@ def test_a_caption_with_several_vectors_keeps_them(tmp_path):
     stage = import_(folder)
     run_here(stage, store)
     (commit,) = read_commits(store, stage.text_group()).values()
-    assert commit.counters == {"distinct_captions": 3, "further_vectors_of_a_caption": 1}
+    assert commit.counters == {
+        "distinct_captions": 3,
+        "further_vectors_of_a_caption": 1,
+        "mends": MENDS,
+    }
     out = export(store, "theirs", latents="sample")
     run_here(out, store)
     assert mds_rows(store, out.group) == rows
