@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -112,7 +113,7 @@ def read_file(store: Store, group: str, commit: Commit, ending: str) -> bytes:
 
 
 def read_named(store: Store, group: str, commit: Commit, name: str) -> bytes:
-    """A committed file by its name; see `read_file`."""
+    """`read_file` by the whole name, rejects included."""
     try:
         data = store.read(f"{group}/{name}")
     except FileNotFoundError:
@@ -196,12 +197,13 @@ def check_rejects(rejects: list[Reject], kept: int, max_reject_rate: float) -> d
         TooManyRejects: they are more than `max_reject_rate` of rejected and kept samples.
     """
     reasons = dict(sorted(Counter(reject.reason for reject in rejects).items()))
-    total = len(rejects) + kept
-    if len(rejects) > max_reject_rate * total:
+    judged = [reject for reject in rejects if not reject.foreseen]
+    total = len(judged) + kept
+    if len(judged) > max_reject_rate * total:
         found = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         raise TooManyRejects(
-            f"{len(rejects)} of {total} samples rejected ({found}; e.g. {rejects[0].key}: "
-            f"{rejects[0].detail}), more than max_reject_rate={max_reject_rate}; not committed"
+            f"{len(judged)} of {total} samples rejected ({found}; e.g. {judged[0].key}: "
+            f"{judged[0].detail}), more than max_reject_rate={max_reject_rate}; not committed"
         )
     return reasons
 
@@ -244,6 +246,7 @@ _UPSTREAM = {
     "latents_made": "latents were made anew",
     "text_made": "text was made anew",
     "official": "the official shard is another",
+    "shard": "its source lists other pictures for it",
 }
 
 
@@ -312,6 +315,11 @@ def reason(error: BaseException) -> str:
 
 
 def _short(value: Any) -> str:
+    """A value for people: words, not Python."""
+    if isinstance(value, (list, tuple)):
+        value = ",".join(map(str, value)) or "none"
+    elif isinstance(value, dict):
+        value = ",".join(f"{key}={item}" for key, item in sorted(value.items())) or "none"
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
@@ -322,4 +330,19 @@ def _table(rejects: list[Reject]) -> bytes:
     from pipeline.core.tables import to_parquet
 
     names = ("key", "stage", "reason", "detail")
-    return to_parquet(pa.table({n: [getattr(r, n) for r in rejects] for n in names}))
+    columns = {name: pa.array([getattr(r, name) for r in rejects], pa.string()) for name in names}
+    places = pa.array([_place(reject) for reject in rejects], pa.string())
+    return to_parquet(pa.table({**columns, "place": places}))
+
+
+def _place(reject: Reject) -> str | None:
+    """A reject's file or link for people, without what may be secret in a link."""
+    text = "" if reject.ref is None else reject.ref.url
+    if "://" in text:
+        try:
+            parts = urlsplit(text)
+            host = parts.netloc.rpartition("@")[2]
+            text = parts._replace(netloc=host, query="", fragment="").geturl()
+        except ValueError:  # no link: what is secret in it nobody can tell
+            text = ""
+    return text.encode("utf-8", "backslashreplace").decode() or None

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import captioning
 from pipeline.core import drops, images, layout
+from pipeline.core.advance import advance
 from pipeline.core.catalog import Catalog
 from pipeline.core.commits import MAX_REJECT_RATE, Commit, plain_stem, read_file, write_shard
 from pipeline.core.errors import SettingError, nearest
@@ -21,7 +22,7 @@ from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet, to_parquet
 from pipeline.stages import Job, Needs
 from pipeline.stages.caption_text import Refused, finish, parse_steps, summarise
-from pipeline.stages.images import images_commit, read_images
+from pipeline.stages.images import images_commit, placed, read_images
 from pipeline.stages.looks import findings
 from pipeline.stages.stopwatch import Stopwatch
 
@@ -90,9 +91,6 @@ class CaptionStage:
     def open(self, store: Store) -> CaptionWorker:
         return CaptionWorker(self, store)
 
-    def manifest(self, group: str) -> None:
-        return None
-
     def page(self, store: Store, counters: Counter[str], seconds: float) -> str:
         """HTML that shows some pictures with their captions, and what the run counted."""
         from pipeline.stages.caption_page import page
@@ -127,6 +125,7 @@ class CaptionWorker:
         split = self.captioner.counters[SPLIT]
         with one_line_errors():
             for key, answer in self.captioner.caption(self._pictures(job, group, order)):
+                advance(job.shard.id)
                 if not isinstance(answer, captioning.Failure):
                     answer = finish(answer, stage.steps, counts)
                 if isinstance(answer, (captioning.Failure, Refused)):
@@ -139,7 +138,11 @@ class CaptionWorker:
             raise RuntimeError(
                 f"{stage.captioner.name} lost {len(lost)} pictures, e.g. {min(lost)}"
             )
-        rejects.sort(key=lambda reject: order[reject.key])
+        if rejects:
+            rejects.sort(key=lambda reject: order[reject.key])
+            pictures = layout.images_group(stage.source)
+            found = images_commit(self.store, pictures, job.shard.id, job.groups[group]["images"])
+            rejects = placed(self.store, pictures, found, rejects)
         keys = sorted(made, key=order.__getitem__)
         counts += summarise(caption for key in keys for caption in made[key])
         self.counters += counts - Counter({SPLIT: counts[SPLIT]})  # the captioner tells of that

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from pipeline.core import drops, layout
+from pipeline.core.advance import advance
 from pipeline.core.catalog import Catalog, Head
 from pipeline.core.commits import MAX_REJECT_RATE, Commit, read_commit
 from pipeline.core.errors import BadPicture
@@ -166,9 +167,6 @@ class Download:
         self._attach(store)
         return _Worker(self, store)
 
-    def manifest(self, group: str) -> None:
-        return None
-
     def _attach(self, store: Store) -> None:
         if isinstance(self.settings, KeepsLists):
             self.settings.attach(store, layout.lists_folder(self.source))
@@ -229,6 +227,7 @@ class _Worker:
         rules = self.stage.rules
         seen: dict[str, str] = {}  # hash -> key
         for item in self._items(job, group, commit):
+            advance(job.shard.id)
             key = _key(item)
             if key in job.dropped:
                 continue

@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any, cast
 
 import pyarrow as pa
@@ -227,3 +227,12 @@ def stored_rejects(store: Store, group: str, commit: Commit) -> list[Reject]:
 
 def _stored_rows(store: Store, group: str, commit: Commit) -> list[dict[str, Any]]:
     return from_parquet(read_file(store, group, commit, ".parquet")).to_pylist()
+
+
+def placed(store: Store, group: str, commit: Commit, rejects: list[Reject]) -> list[Reject]:
+    """Rejects of a stage that read this shard's pictures, with where each picture came from."""
+    if not any(reject.ref is None for reject in rejects):
+        return rejects
+    table = from_parquet(read_file(store, group, commit, ".parquet")).select(["key", "url"])
+    urls = dict(zip(*(column.to_pylist() for column in table.columns), strict=True))
+    return [replace(r, ref=r.ref or ImageRef(r.key, urls.get(r.key) or "", "")) for r in rejects]
