@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import IO, Any, cast
 
 import numpy as np
@@ -19,12 +19,12 @@ import pyarrow as pa
 from pipeline.core import drops
 from pipeline.core.commits import (
     Commit,
-    commit_path,
     keys_hash,
     plain_stem,
     read_commit,
     read_file,
     read_named,
+    write_commit,
 )
 from pipeline.core.mds import decode_shard, encode_shard, stored, unpack
 from pipeline.core.samples import FAILED
@@ -64,7 +64,7 @@ def purge_shard(
         made.append((group, copied))
         removed[group] = commit.samples - copied.samples
     for group, commit in reversed(made):
-        store.write_json(commit_path(group, shard), asdict(commit))
+        write_commit(store, group, commit)
     return removed
 
 
@@ -146,6 +146,7 @@ class _Copy:
             rejects=reasons,
             index=content.index,
             counters=counters,
+            reads_as="",  # these are no longer that generation's pictures
         )
 
     def images(self) -> _Content:

@@ -183,11 +183,16 @@ def write_shard(
         reads_as=reads_as,
         schema=SCHEMA if reads_as else 1,
     )
-    record = asdict(commit)
-    if not reads_as:
-        del record["reads_as"]
-    store.write_json(commit_path(group, shard.id), record)
+    write_commit(store, group, commit)
     return commit
+
+
+def write_commit(store: Store, group: str, commit: Commit) -> None:
+    """The record alone, over the one that is there; readable by older versions where it can be."""
+    record = asdict(commit)
+    if not commit.reads_as:
+        del record["reads_as"]
+    store.write_json(commit_path(group, commit.shard), record)
 
 
 def check_rejects(rejects: list[Reject], kept: int, max_reject_rate: float) -> dict[str, int]:
