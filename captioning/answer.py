@@ -117,12 +117,16 @@ def _without_tokens(text: str) -> str:
     if found := _WRAPPED.search(text):
         text = found[2]
     text = _PLACES.sub(_GAP, text.replace(_GAP, " "))
-    text = _BEFORE_STOP.sub("", _TOKENS.sub(_GAP, text))
-    return text.replace(_GAP, " ")
+    return _GAPS.sub(_filled, _TOKENS.sub(_GAP, text))
 
 
 _GAP = "\0"  # where a tag was
-_BEFORE_STOP = re.compile(rf"[ \t]?{_GAP}[ \t{_GAP}]*(?=[.,;:!?])")
+_GAPS = re.compile(rf"[ \t]?{_GAP}[ \t{_GAP}]*")
+
+
+def _filled(gap: re.Match[str]) -> str:
+    """Nothing before a stop, else one space."""
+    return "" if gap.string[gap.end() : gap.end() + 1] in tuple(".,;:!?") else " "
 
 
 def _unpacked(text: str) -> str:
