@@ -82,12 +82,12 @@ _CUT_JSON = re.compile(rf'^\{{\s*"(?:{"|".join(_NAMES)})"\s*:\s*"((?:[^"\\]|\\.)
 
 def answer(text: str) -> str:
     """The caption in what a model wrote, in one line; "" where there is none. Idempotent."""
+    line = ""
     for _ in range(PASSES):
-        before = text
-        text = _unpacked(_without_tokens(_without_thoughts(text.strip()))).strip()
-        if text == before:
+        line = one_line(_unpacked(_without_tokens(_without_thoughts(text.strip()))))
+        if line == text:
             break
-    line = one_line(text)
+        text = line
     return line if any(map(str.isalnum, line)) and not _ALOUD.match(line) else ""
 
 
@@ -116,12 +116,17 @@ def _without_tokens(text: str) -> str:
             break
     if found := _WRAPPED.search(text):
         text = found[2]
-    return re.sub(r"[ \t]+(?=[.,;:!?])|[ \t]{2,}", _gap, _TOKENS.sub(" ", _PLACES.sub(" ", text)))
+    text = _PLACES.sub(_GAP, text.replace(_GAP, " "))
+    return _GAPS.sub(_filled, _TOKENS.sub(_GAP, text))
 
 
-def _gap(match: re.Match[str]) -> str:
-    """What tags leave behind: nothing before a stop, else one space."""
-    return "" if match.string[match.end() : match.end() + 1] in tuple(".,;:!?") else " "
+_GAP = "\0"  # where a tag was
+_GAPS = re.compile(rf"[ \t]?{_GAP}[ \t{_GAP}]*")
+
+
+def _filled(gap: re.Match[str]) -> str:
+    """Nothing before a stop, else one space."""
+    return "" if gap.string[gap.end() : gap.end() + 1] in tuple(".,;:!?") else " "
 
 
 def _unpacked(text: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from captioning.answer import answer as caption_in
+from captioning.clean import one_line
 from captioning.prompts import Prompt, find_prompts
 from pipeline.core import images
 
@@ -224,8 +225,14 @@ class Captioner(ABC):
             answer = answers[key]
             if isinstance(answer, Failure):
                 raise BadPicture(answer.reason, f"picture {key}: {answer.detail}")
-            captions += [replace(caption, text=caption_in(caption.text)) for caption in answer]
+            captions += map(_unwrapped, answer)
         return captions
+
+
+def _unwrapped(caption: Caption) -> Caption:
+    """Out of what a model wraps it in; the text of a plain one keeps its lines."""
+    text = caption_in(caption.text)
+    return caption if text == one_line(caption.text) else replace(caption, text=text)
 
 
 def _opened(image: Image.Image, lock: threading.Lock) -> Callable[[], Image.Image]:

@@ -41,9 +41,15 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str
     return image.convert("RGB"), found
 
 
+def verdict(profile: bytes | None, mode: str) -> str:
+    """What `to_srgb` does with the profile: CONVERTED, IGNORED, or "" where nothing is to do."""
+    found = _transform(profile, mode) if profile else _NOTHING
+    return found if isinstance(found, str) else CONVERTED
+
+
 def changes(profile: bytes | None, mode: str) -> bool:
     """Whether `to_srgb` gives other pixels with the profile than without it."""
-    return bool(profile) and isinstance(_transform(profile, mode), _Transform)
+    return verdict(profile, mode) == CONVERTED
 
 
 class _Transform:
@@ -117,8 +123,7 @@ def _built(profile: Any, mode: str) -> Any:
 
 
 def _apply(image: Image.Image, transform: Any) -> Image.Image:
-    found = ImageCms.applyTransform(image, transform)
-    assert found is not None  # not in place
+    found: Any = ImageCms.applyTransform(image, transform)  # None only where it works in place
     return found
 
 

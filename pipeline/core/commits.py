@@ -188,7 +188,7 @@ def write_shard(
 
 
 def write_commit(store: Store, group: str, commit: Commit) -> None:
-    """Its data files are there already."""
+    """The record alone, over the one that is there; its data files are there already."""
     record = asdict(commit)
     if not commit.reads_as:
         del record["reads_as"]  # versions that do not know it read the record too

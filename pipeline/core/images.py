@@ -282,12 +282,12 @@ def _jpeg(data: bytes, image: Image.Image) -> tuple[np.ndarray, str] | None:
         if "premature end of data segment" in str(error):
             raise BadPicture("undecodable", f"truncated: {error}") from error
         return None
-    profile = image.info.get("icc_profile")
-    if not profile:
-        return pixels, ""
-    grey = space == "Gray"
-    shown, note = colour.to_srgb(Image.fromarray(pixels[..., 0] if grey else pixels), profile)
-    return (np.array(shown) if note == colour.CONVERTED else pixels), note
+    profile, grey = image.info.get("icc_profile"), space == "Gray"
+    note = colour.verdict(profile, "L" if grey else "RGB")
+    if note == colour.CONVERTED:
+        plane = Image.fromarray(pixels[..., 0] if grey else pixels)
+        pixels = np.array(colour.to_srgb(plane, profile)[0])
+    return pixels, note
 
 
 def _scans(data: bytes) -> int:

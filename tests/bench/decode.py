@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import statistics
 import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 
 from pipeline.core.images import fit, read_pixels
 from tests.bench.rows import REPEATS, Row
+from tests.pipeline import profiles
 
 SIZES = ((1024, 768), (2250, 1500))  # a picture of the web, and one of SA1B
 RESOLUTIONS = (512, 256)
 RATIO = 2.4  # wanted
 LSB = 2  # of 255, allowed
+SAME = 1.05  # what a profile that changes nothing may cost
 CALLS = 10  # a repeat
 
 
@@ -30,6 +33,7 @@ def rows() -> Iterator[Row]:
             data = _photo(width, height)
             for resolution in RESOLUTIONS:
                 yield _row(data, resolution, f"{width}×{height}, {len(data) / 1e3:.0f} kB")
+        yield _profiles_row()
     finally:
         torch.set_num_threads(threads)
 
@@ -54,6 +58,22 @@ def _row(data: bytes, resolution: int, shown: str) -> Row:
     )
 
 
+def _profiles_row() -> Row:
+    """What a colour profile costs: sRGB's nothing, a phone's its conversion."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    kinds = [_photo(*SIZES[0], profile=profile) for profile in (None, srgb, profiles.rgb())]
+    sides = [functools.partial(read_pixels, data) for data in kinds]
+    spent = [_cpu_s(*sides) for _ in range(REPEATS)]
+    plain, same, phone = (1e3 * statistics.median(side) for side in zip(*spent, strict=True))
+    ratio = statistics.median(same / plain for plain, same, _ in spent)
+    return Row(
+        f"decode a JPEG ({SIZES[0][0]}×{SIZES[0][1]}, q90) with sRGB's profile, against without",
+        f"{ratio:.2f}× ({same:.1f} against {plain:.1f} ms); with Display P3's {phone:.1f} ms",
+        f"{SAME}×",
+        ratio <= SAME,
+    )
+
+
 def _by_pillow(data: bytes, resolution: int) -> np.ndarray:
     """What the official precompute does for each resolution; (resolution, resolution, 3) uint8."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
@@ -75,7 +95,7 @@ def _cpu_s(*sides: Callable[[], object]) -> tuple[float, ...]:
     return tuple(seconds / CALLS for seconds in spent)
 
 
-def _photo(width: int, height: int, seed: int = 0) -> bytes:
+def _photo(width: int, height: int, seed: int = 0, profile: bytes | None = None) -> bytes:
     """A JPEG with a photograph's spectrum, and so its bits a pixel: noise whose amplitude falls
     with frequency, mostly grey."""
     rng = np.random.default_rng(seed)
@@ -90,5 +110,7 @@ def _photo(width: int, height: int, seed: int = 0) -> bytes:
     grey = plane(1.4)
     pixels = np.stack([128 + 50 * (grey + 0.4 * plane(1.6)) for _ in range(3)], -1)
     buffer = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
+        buffer, "JPEG", quality=90, icc_profile=profile
+    )
     return buffer.getvalue()

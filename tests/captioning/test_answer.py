@@ -128,6 +128,7 @@ ORDINARY = [
     "A board with the numbers (1, 2) and [3].",
     'Two clocks show 10:30, and a poster reads "Think!" in red.',
     "A user sits at a desk; the assistant stands.",
+    "a cat on a mat , next to a dog .",
     "a [framed] picture (of a fox)",
     "The user interface of a phone.",
     "Let's Dance is written on a poster.",

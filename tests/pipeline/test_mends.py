@@ -21,6 +21,7 @@ from pipeline.core.samples import ImageRef, ImageSample, InputShard, Reject
 from pipeline.core.store import Store, fingerprint
 from pipeline.core.tables import from_parquet, to_parquet
 from pipeline.plan import Choice, plan
+from pipeline.purge_shard import purge_shard
 from pipeline.sources.folder import Folder
 from pipeline.stages import Stage
 from pipeline.stages.caption import _SCHEMA, CaptionStage
@@ -269,6 +270,33 @@ def test_texts_that_are_no_captions_make_their_shard_stale(tmp_path, home):
     run_here(captions, store, ALL)
     assert not stale(store, captions)
     assert "x/text/tiny-clip/colour.full" in stale(store, encode)  # what was made of them
+
+
+def test_a_server_gets_the_file_itself_only_where_it_would_see_the_same(tmp_path, home):
+    store, captions = Store(tmp_path / "root"), CaptionStage("x", "colour")
+    run_here(download(home, number=3), store)
+    catalog = Catalog(store)
+    (job,) = plan(captions, catalog).jobs(captions, catalog)
+    (group,) = captions.groups()
+    given = [picture.data for picture in captions.open(store)._pictures(job, group, {})]
+    assert [data is None for data in given] == [False, False, True]
+
+
+def test_a_purge_after_it_names_the_pictures_that_are_left(tmp_path, home):
+    store, encode = Store(tmp_path / "root"), stages(home)[2]
+    run_here(download(home, KEEP, 3), store)
+    run_here(CaptionStage("x", "colour"), store)
+    run_here(encode, store)
+    run_here(download(home, number=3), store, ALL)
+    before = read_commit(store, "x/images", "00000")
+    assert before is not None
+    assert before.reads_as
+    purge_shard(store, ["x/images", LATENTS], "00000", frozenset({"000000001"}))
+    images, latents = (read_commit(store, g, "00000") for g in ("x/images", LATENTS))
+    assert images is not None
+    assert latents is not None
+    assert images.samples == latents.samples == 2
+    assert before.reads_as != images.content() == latents.inputs["images"]
 
 
 def test_a_large_old_root_says_that_it_is_looked_through(old, home, monkeypatch):
