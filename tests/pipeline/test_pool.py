@@ -106,18 +106,17 @@ def test_relative_paths_are_those_of_the_commands_folder(tmp_path, monkeypatch):
     assert (tmp_path / "here" / "root" / "mine" / "images" / "00000.tar").is_file()
 
 
-@pytest.mark.parametrize("home", [None, "/proc/1", ""])
-def test_ray_starts_without_a_home_to_write_in(tmp_path, home):
+def test_ray_starts_without_a_home_to_write_in(tmp_path):
     """Ray would keep its token there; and its sockets under a TMPDIR too long for them."""
     long = tmp_path / ("d" * 110)
     long.mkdir()
-    env = {k: v for k, v in os.environ.items() if k != "HOME" and not k.startswith("RAY_")}
-    env |= {"TMPDIR": str(long)} | ({} if home is None else {"HOME": home})
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env |= {"TMPDIR": str(long), "HOME": "/proc/1"}
     command = [Path(sys.executable).with_name("pipeline"), "run", "download", "--source"]
     options = ["openmoji", "--set", "glyphs=avocado", "--root", str(tmp_path / "root")]
     found = subprocess.run([*command, *options], capture_output=True, text=True, env=env)
     assert found.returncode == 0, found.stderr
-    assert "1 shards made" in found.stdout
+    assert "2 shards made" in found.stdout
 
 
 def test_rays_metrics_carry_samples_rejects_and_bytes(tmp_path):
