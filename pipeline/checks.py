@@ -261,8 +261,7 @@ class _Shard:
     def _latents(self, header: dict[str, Any], samples: Any, keys: list[str]) -> int:
         manifest = self.task.manifest
         if isinstance(manifest, LatentsManifest):
-            side = manifest.resolution // manifest.vae.downsample
-            wanted = f"ndarray:{manifest.dtype}:{manifest.vae.channels},{side},{side}"
+            wanted = f"ndarray:{manifest.dtype}:{','.join(map(str, manifest.shape()))}"
             columns = dict(zip(header["column_names"], header["column_encodings"], strict=True))
             if columns.get("latent") != wanted:
                 self.problem(f"latents are {columns.get('latent')}, the manifest says {wanted}")

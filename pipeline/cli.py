@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pipeline import cli_convert, cli_run
-from pipeline.core.errors import SettingError, StorageError, nearest
+from pipeline.core.errors import BrokenShard, SettingError, StorageError, nearest
 from pipeline.core.limits import raise_open_files
 from pipeline.core.streams import survive_readers
 from pipeline.typer_group import OPTIONS, path_option
@@ -304,7 +304,7 @@ def main() -> None:
         code = app(standalone_mode=False)
     except SettingError as error:
         code = _complain(str(error))
-    except StorageError as error:
+    except (BrokenShard, StorageError) as error:
         code = _complain(str(error), 1)
     except typer.TyperException as error:
         ctx = getattr(error, "ctx", None)

@@ -19,11 +19,11 @@ import numpy as np
 
 from pipeline.checks import Checked, Problem, Task, check, digests, keys_of
 from pipeline.core import drops, layout, process
-from pipeline.core.commits import Commit, commit_path, read_commit
-from pipeline.core.errors import BrokenShard, SettingError, nearest
+from pipeline.core.commits import Commit, commit_path, read_commit, reason
+from pipeline.core.errors import BrokenShard, NewerSchema, SettingError, nearest
 from pipeline.core.groups import publish
 from pipeline.core.limits import usable_cpus
-from pipeline.core.manifest import SCHEMA, Manifest, read_manifest
+from pipeline.core.manifest import Manifest, read_manifest
 from pipeline.core.store import Store, canonical_json
 from pipeline.processes import Processes
 from pipeline.status import groups_of, sources_of
@@ -175,16 +175,12 @@ def _manifest(
         what = f"is of kind {manifest.kind}"
     except FileNotFoundError:
         what = "is missing"
-    except (ValueError, AttributeError, TypeError) as error:
-        if isinstance(error, SettingError) and _schema(store, where) > SCHEMA:
-            raise
-        what = f"is broken ({' '.join(str(error).split())[:200]})"
+    except NewerSchema:
+        raise
+    except SettingError as error:
+        what = f"is broken ({reason(error.__cause__ or error)})"
     command = _command(store, source, group)
     return None, [Problem(source, group, "", None, f"manifest.json {what}; {command} rewrites it")]
-
-
-def _schema(store: Store, group: str) -> int:
-    return store.read_json(f"{group}/manifest.json").get("schema_version", 0)
 
 
 def _published(

@@ -28,7 +28,7 @@ from training import (
     parallel,
     weights,
 )
-from training.checkpoints import CheckpointState, allow_only_data, read, require_same
+from training.checkpoints import CheckpointState, allow_only_data, read
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
 from training.dtensors import gathered
@@ -187,7 +187,7 @@ def _live(finished: StageFolder) -> Path | None:
     """The file of a stage's live weights; None where somebody wanted the room of it."""
     if finished.live.exists():
         return finished.live
-    return finished.model if header.read_record(finished.model)["weights"] == "live" else None
+    return finished.model if header.read_passport(finished.model).weights == "live" else None
 
 
 def _roll_back(plan: Plan, name: str, path: StageFolder, back: RollBack) -> None:
@@ -233,11 +233,11 @@ def _network(plan: Plan, name: str, start: CheckpointState | None, resume: Path 
     """The stage's network: initialised, or with the weights of the stage before, or, where a
     checkpoint of this stage will fill it, with arbitrary ones."""
     config = network_config(plan, plan.config.stages[name])
+    if start is None and resume is None and plan.config.init_from:
+        return _initial_network(plan, config)
     with torch.device("meta"):
         network = MicroDiT(config)
     network.to_empty(device="cpu")
-    if start is None and resume is None and plan.config.init_from:
-        return _initial_network(plan, config)
     if start is None and resume is None:
         seed = keyed_seed(plan.config.seed, "weights")
         network.initialise(torch.Generator().manual_seed(seed))
@@ -253,9 +253,7 @@ def _network(plan: Plan, name: str, start: CheckpointState | None, resume: Path 
 
 def _initial_network(plan: Plan, config: DiTConfig) -> MicroDiT:
     """The weights of `init_from`, with the positions of this run's resolution."""
-    path = initial.path(plan.config)
-    network, _ = weights.load(path)
-    require_same(f"init_from={path}", config, network.config)
+    network, _ = weights.load(initial.path(plan.config))
     network.set_resolution(config.input_size, config.pos_interp_scale)
     return network.train().requires_grad_(True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import os
 from dataclasses import dataclass
@@ -18,12 +17,9 @@ from torch.torch_version import TorchVersion
 
 from pipeline.core.errors import SettingError
 from training.dit import MicroDiT
-from training.dit_config import DiTConfig
 from training.folder import StageFolder
 from training.official import PREFIX
 from training.safe_load import load
-
-RESOLUTION = ("input_size", "pos_interp_scale")  # of DiTConfig; no weights depend on them
 
 
 def allow_only_data() -> None:
@@ -136,21 +132,6 @@ class CheckpointState:
         )
         for group, settings in zip(optimizer.param_groups, groups, strict=True):
             group.update(settings)
-
-
-def require_same(where: str, config: DiTConfig, found: DiTConfig) -> None:
-    """That weights are of a run's network, whatever their resolution.
-
-    Raises:
-        SettingError: names the first setting in which the architectures differ.
-    """
-    for field in dataclasses.fields(config):
-        own, theirs = getattr(config, field.name), getattr(found, field.name)
-        if field.name not in RESOLUTION and own != theirs:
-            raise SettingError(
-                f"{where}: weights of another architecture ({field.name}: {theirs}, this run's "
-                f"{own}); set model to theirs, or choose other weights"
-            )
 
 
 def read(path: Path) -> CheckpointState:

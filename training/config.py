@@ -16,6 +16,7 @@ from pipeline.core.errors import SettingError, nearest
 from pipeline.core.location import located
 from pipeline.core.nulls import instead_of_null
 from pipeline.core.text_files import read_yaml_text
+from training import initial
 from training.masking.ratio import RatioSchedule
 from training.settings import Config
 from training.stage_settings import NOISE, Section, Stage
@@ -42,12 +43,13 @@ def load(arguments: Sequence[str]) -> Config:
 
 def resolve(raw: dict[str, Any]) -> Config:
     """A nested mapping as a YAML file holds it -> the config, each stage completed by `defaults`,
-    then by what the objective and `fidelity` imply.
+    then by what the objective and `fidelity` imply; and by what `init_from`'s weights say of
+    themselves.
 
     Raises:
         SettingError: a key that is unknown or missing, or a value of a wrong type; a line each.
     """
-    raw = dict(raw)
+    raw = dict(initial.completed(raw))
     defaults = _mapping(raw.pop("defaults", None), "defaults")
     stages = _mapping(raw.get("stages"), "stages")
     if not stages:

@@ -16,6 +16,7 @@ from pipeline.core.errors import SettingError
 from pipeline.core.location import located
 from pipeline.core.streams import survive_readers
 from training import ranks
+from training.options import require_folder
 
 FORMATS = ("safetensors", "official", "diffusers")
 
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"convert: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"convert: cannot write {options.out}: {error}", file=sys.stderr)
+        print(f"convert: cannot write {options.out or options.file}: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -62,16 +63,16 @@ def export(options: argparse.Namespace) -> str:
             f"{out}: DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, "
             "trust_remote_code=True)"
         )
-    passport = weights.read_passport(path)
-    tensors = weights.read_tensors(path)
     suffix = {"safetensors": ".safetensors", "official": ".pt"}[options.to]
     if out.is_dir() or out.suffix != suffix:
         raise SettingError(f"--out {out}: give a file that ends in {suffix}")
+    require_folder("--out", out.parent)
+    tensors, passport = weights.read(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     if options.to == "safetensors":
         weights.write(out, tensors, passport)
     else:
-        official.write(out, tensors)
+        official.write(out, tensors, passport.network())
     return f"{out}: {len(tensors)} tensors"
 
 

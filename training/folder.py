@@ -33,6 +33,8 @@ from training.preflight import Plan
 MODEL = "model.safetensors"
 SETTINGS = "settings.json"
 ROLLBACKS = "rollbacks.json"
+#: Settings of `data` that decide no result of a sound root, or are written in another way.
+FREE = {"root", "workers", "cache", "cache_limit", "check_hashes", "skip_damaged", "sources"}
 WEIGHTS_BEFORE = "weights_before"  # in a stage's settings: sha256 of the file it goes on from
 
 
@@ -213,7 +215,7 @@ def decisive_settings(plan: Plan, name: str) -> dict[str, Any]:
     the guard, which is wanted where a stage that was begun is in trouble."""
     config, stage, source = plan.config, plan.config.stages[name], plan.data[name][0]
     # Through JSON, so that it compares with what was written.
-    data = config.data.model_dump(mode="json", exclude={"root", "workers", "cache", "sources"})
+    data = config.data.model_dump(mode="json", exclude=FREE)
     own = stage.model_dump(mode="json", exclude={"save_every", "microbatch", "sources"})
     first = name == next(iter(config.stages))
     start = {"init_from": initial.content_hash(config)} if config.init_from and first else {}

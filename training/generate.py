@@ -7,7 +7,6 @@ attended. Writes one PNG a prompt and sheet.png with all of them.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import time
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.core.errors import SettingError
 from pipeline.core.location import located
 from pipeline.core.streams import survive_readers
-from training import ranks
+from training import header, ranks
+from training.options import check, device_of, read_prompts
 from training.threads import share_cores
 
 if TYPE_CHECKING:
@@ -41,18 +41,17 @@ class Painter:
         device: where the network runs, e.g. "cuda"; default: a GPU where there is one.
 
     Raises:
-        SettingError: no such checkpoint, or encoders that are not those it was trained with.
+        SettingError: no such checkpoint or device, or encoders that are not those it was trained
+            with.
     """
 
     def __init__(self, checkpoint: str, device: str = "") -> None:
-        import torch
-
         from pipeline.core.manifest import mismatches
         from pipeline.encoders import load_text, load_vae
         from training import weights
 
         path = weights.find(checkpoint)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = device_of(device)
         self.network, self.passport = weights.load(path, str(self.device))
         self.vae = load_vae(self.passport.vae.name)
         self.text = load_text(self.passport.text_encoder.name)
@@ -81,6 +80,9 @@ class Painter:
         """One picture a prompt, uint8 (N, H, W, 3).
 
         Picture i is a function of (seed, i, its prompt), whatever else is asked for.
+
+        Raises:
+            SettingError: latents that are no numbers, or a batch that does not fit into memory.
         """
         import numpy as np
         import torch
@@ -100,17 +102,28 @@ class Painter:
                     report(before + done, len(batches) * steps)
 
             bf16 = self.device.type == "cuda"
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                latents = sample(
-                    self.network,
-                    self.passport.noise(),
-                    self._noise(seed, indexes),
-                    y,
-                    y_mask,
-                    steps=steps,
-                    guidance=guidance,
-                    progress=progress,
-                    solver=solver,
+            try:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                    latents = sample(
+                        self.network,
+                        self.passport.noise(),
+                        self._noise(seed, indexes),
+                        y,
+                        y_mask,
+                        steps=steps,
+                        guidance=guidance,
+                        progress=progress,
+                        solver=solver,
+                    )
+            except torch.OutOfMemoryError as error:
+                raise SettingError(
+                    f"--batch-size {batch_size}: {len(indexes)} pictures at once do not fit into "
+                    f"the memory of {self.device}; give less"
+                ) from error
+            if not latents.isfinite().all():
+                raise SettingError(
+                    f"--guidance {guidance:g}: the latents of pictures {indexes[0]} to "
+                    f"{indexes[-1]} are no numbers; lower it, or take other weights"
                 )
             pictures.append(self.vae.decode(to_raw(latents, self.passport.vae)))
         return np.concatenate(pictures)
@@ -137,58 +150,39 @@ class Painter:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 2 after a line on standard error that says what to change."""
+    """Exit code: 0; 2 after a line on standard error that says what to change; 1 where the disk
+    fails."""
     survive_readers()
     ranks.alone()
     options = _parser().parse_args(arguments)
     share_cores()
     try:
         prompts = read_prompts(options.prompts)
-        for name in ("steps", "batch_size"):
-            if getattr(options, name) < 1:
-                raise SettingError(
-                    f"--{name.replace('_', '-')} {getattr(options, name)}: use 1 or more"
-                )
-        from training.weights import find, read_passport
-
-        read_passport(find(options.checkpoint))
+        check(options, ["steps", "batch_size"])
+        header.read_passport(header.find(options.checkpoint))
         painter = Painter(options.checkpoint, options.device)
         report = Progress()
-        pictures = painter.paint(
-            prompts,
-            options.guidance,
-            options.steps,
-            options.seed,
-            options.batch_size,
-            report,
-            options.solver,
-        )
-        report.close()
+        try:
+            pictures = painter.paint(
+                prompts,
+                options.guidance,
+                options.steps,
+                options.seed,
+                options.batch_size,
+                report,
+                options.solver,
+            )
+        finally:
+            report.close()
         sheet = write(Path(options.out), prompts, pictures, painter.passport, vars(options))
     except SettingError as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"generate: cannot write {options.out}: {error}", file=sys.stderr)
+        return 1
     print(f"{len(prompts)} pictures, all on {sheet}")
     return 0
-
-
-def read_prompts(arguments: Sequence[str]) -> list[str]:
-    """Texts as they are; an argument that is a file gives a prompt a line.
-
-    Raises:
-        SettingError: nothing is left, or a file that is no text.
-    """
-    prompts: list[str] = []
-    for argument in arguments:
-        path = Path(os.path.expanduser(argument))
-        try:
-            lines = path.read_text("utf-8").splitlines() if _is_file(path) else [argument]
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingError(f"--prompts {argument}: cannot be read as text ({error})") from error
-        prompts += [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise SettingError("--prompts: give texts, or a file with one a line")
-    return prompts
 
 
 def write(
@@ -268,13 +262,6 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a prompt that is too long for a file name
-        return False
 
 
 def _slug(prompt: str) -> str:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from pipeline.core import drops
+from pipeline.core.errors import BrokenShard
 from pipeline.core.latents import posterior_sample
-from pipeline.core.mds import decode_shard, stored, unpack
+from pipeline.core.published import Commits, Row, read_index, read_samples
 from pipeline.core.store import Store
+from training.cache import open_cache
+from training.left_out import left_out
 from training.preflight import Plan, Source
-from training.takedown import dropped_rows
+from training.shard_files import ShardFiles
 from training.text import Caption, TextGroup
 
 
@@ -34,8 +36,7 @@ class _Shard:
     """Which rows are wanted of one input shard of a source."""
 
     source: Source
-    entry: dict[str, Any]
-    input: str
+    row: Row
     rows: list[int]
 
 
@@ -50,58 +51,71 @@ def read(
     """The first `wanted` pictures of a split, in the order of their shards.
 
     Each source of the stage has its share of an epoch. Of the pictures found, number `first`,
-    `first + step`, … are read. What was dropped is not among them.
+    `first + step`, … are read. What training leaves out is not among them.
 
     Raises:
         SettingError: a picture has no caption in its text group.
+        BrokenShard: a shard is gone or damaged.
     """
     store = Store(plan.config.data.root)
-    cache = Path(plan.config.data.cache or plan.config.run_folder() / "cache").absolute()
+    opened: dict[str, TextGroup] = {}
     pictures: list[Picture] = []
     number = 0
     for shard in _find(plan, stage, split, wanted):
         mine = [row for n, row in enumerate(shard.rows, number) if (n - first) % step == 0]
         number += len(shard.rows)
         if mine:
-            command = shard.source.command(plan.config)
-            text = TextGroup(store, shard.source.text_group, cache, command)
+            text = opened.get(shard.source.name) or _captions(plan, store, shard.source)
+            opened[shard.source.name] = text
             pictures += _read_shard(store, plan.config.seed, shard, mine, text)
     return pictures
+
+
+def _captions(plan: Plan, store: Store, source: Source) -> TextGroup:
+    rows = read_index(store, source.text_group)
+    hashes = plan.config.data.check_hashes
+    files = ShardFiles(store, source.text_group, rows, open_cache(plan), hashes)
+    return TextGroup(files, source.command(plan.config))
 
 
 def _find(plan: Plan, stage: str, split: str, wanted: int) -> Iterator[_Shard]:
     store = Store(plan.config.data.root)
     for source, share in zip(plan.data[stage], plan.shares(stage), strict=True):
         left = max(1, round(wanted * share))
-        index = store.read_json(f"{source.latents_group}/index.json")
-        pairs = zip(index["shards"], index["inputs"], strict=True)
-        of_split = [(entry, record) for entry, record in pairs if record["split"] == split]
-        gone = dropped_rows(
-            store,
-            source.latents_group,
-            [record for _, record in of_split],
-            drops.read(store, source.name),
-            source.command(plan.config),
-        )
-        for entry, record in of_split:
-            out = set(gone.get(record["shard"], ()))
+        rows = [r for r in read_index(store, source.latents_group) if r[1]["split"] == split]
+        command = source.command(plan.config)
+        gone = left_out(store, source.name, source.latents_group, source.text_group, rows, command)
+        text = _captions(plan, store, source) if plan.config.data.skip_damaged else None
+        for entry, record in rows:
+            out = set(gone.rows.get(record["shard"], ()))
             kept = (row for row in range(entry["samples"]) if row not in out)
-            rows = list(itertools.islice(kept, left))
-            left -= len(rows)
-            if rows:
-                yield _Shard(source, entry, record["shard"], rows)
+            found = _Shard(source, (entry, record), list(itertools.islice(kept, left)))
+            if found.rows and (text is None or _is_sound(store, found, text)):
+                left -= len(found.rows)
+                yield found
+
+
+def _is_sound(store: Store, shard: _Shard, text: TextGroup) -> bool:
+    """Whether what is wanted of a shard can be read: every rank looks, and leaves out the same."""
+    try:
+        for _ in _read_shard(store, 0, shard, shard.rows, text):
+            pass
+    except BrokenShard as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train: a held-out shard is left out: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def _read_shard(
     store: Store, seed: int, shard: _Shard, rows: list[int], text: TextGroup
 ) -> Iterator[Picture]:
-    source, entry = shard.source, shard.entry
-    data = unpack(store.read(f"{source.latents_group}/{stored(entry)['basename']}"), entry)
-    _, samples = decode_shard(data)
-    wanted = set(rows)
-    for row, sample in enumerate(samples):
+    source, wanted = shard.source, set(rows)
+    commits = Commits(store, source.latents_group)
+    for row, sample in enumerate(read_samples(store, source.latents_group, commits, shard.row)):
         if row in wanted:
             key, latent = sample["key"], np.array(sample["latent"])  # not a view of the whole shard
             if source.latents.latents == "moments":
                 latent = posterior_sample(latent, "evaluate", seed, source.name, key)
-            yield Picture(source.name, key, latent, text.read(shard.input, key))
+            caption = text.read(shard.row[1]["shard"], key)
+            yield Picture(source.name, key, latent, caption)

@@ -1,24 +1,74 @@
 """`init_from`: the weights that a run's first stage starts from instead of random ones.
 
-Here is what can be known without torch; `training.assemble` compares the architectures. No torch.
+What a YAML does not say of network, encoders and objective is theirs; what it does say has to be,
+and is compared before data is looked at. No torch here.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from pydantic import BaseModel
 
 from pipeline.core.errors import SettingError
 from pipeline.core.manifest import TextFacts, VaeFacts, mismatches
 from training import header
+from training.dit_config import MODELS, DiTConfig
 from training.settings import Config
 
 if TYPE_CHECKING:
     from training.preflight import Plan
 
+RESOLUTION = ("input_size", "pos_interp_scale")  # of DiTConfig; no weights depend on them
+GIVEN = (*RESOLUTION, "in_channels", "caption_width", "caption_length")  # by encoders and stage
 UNREAD = ("revision", "dtype", "repo")  # the same weights may come from elsewhere
+
+
+def completed(raw: dict[str, Any]) -> dict[str, Any]:
+    """Settings as a YAML file holds them, with what the weights of `init_from` say of encoders,
+    network and objective wherever nothing else is said.
+
+    Raises:
+        SettingError: no such file, or none of ours.
+    """
+    start = raw.get("init_from")
+    if not (isinstance(start, str) and start):
+        return raw
+    passport, raw = _passport(start), dict(raw)
+    own = {
+        "vae": passport.vae.name,
+        "text_encoder": passport.text_encoder.name,
+        "text": passport.text,
+    }
+    _fill(raw, "data", own)
+    model = raw.get("model")
+    if not (isinstance(model, dict) and model.get("arch")):
+        _fill(raw, "model", _sizes(passport.network()))
+    if raw.setdefault("objective", passport.objective["name"]) == "edm":
+        scale = passport.objective.get("sigma_data")
+        _fill(raw, "edm", {} if scale is None else {"sigma_data": scale})
+    return raw
+
+
+def _fill(raw: dict[str, Any], section: str, own: dict[str, Any]) -> None:
+    said = raw.get(section)
+    if said is None or isinstance(said, dict):  # what else it is, is an error of its own
+        said = said or {}
+        raw[section] = own | {k: v for k, v in said.items() if v is not None or k not in own}
+
+
+def _sizes(network: DiTConfig) -> dict[str, Any]:
+    """A section `model:` that is this network, whatever its encoders and resolution."""
+
+    def differing(base: DiTConfig) -> dict[str, Any]:
+        names = [field.name for field in dataclasses.fields(network)]
+        pairs = {n: (getattr(network, n), getattr(base, n)) for n in names if n not in GIVEN}
+        return {name: own for name, (own, theirs) in pairs.items() if own != theirs}
+
+    for arch, base in MODELS.items():
+        if not differing(base):
+            return {"arch": arch}
+    return {"arch": "custom", **differing(DiTConfig())}
 
 
 def complete(config: Config) -> Config:
@@ -30,14 +80,18 @@ def complete(config: Config) -> Config:
     """
     if not config.init_from or config.model.base_resolution is not None:
         return config
-    record = _record(config)
-    base = round(record["resolution"] / record["model"].get("pos_interp_scale", 1.0))
+    passport = _passport(config.init_from)
+    base = round(passport.resolution / passport.network().pos_interp_scale)
     model = config.model.model_copy(update={"base_resolution": base})
     return config.model_copy(update={"model": model})
 
 
-def check(plan: Plan) -> None:
-    """That the weights are of the encoders, the text mode and the noise scale of this run.
+def check(plan: Plan, network: DiTConfig) -> None:
+    """That the weights are of this run's network, encoders, text mode and noise scale. The data is
+    not looked at: see `check_encoders`.
+
+    Args:
+        network: of the first stage.
 
     Raises:
         SettingError: names setting, both values and a remedy.
@@ -45,28 +99,57 @@ def check(plan: Plan) -> None:
     config = plan.config
     if not config.init_from:
         return
-    record, where = _record(config), f"init_from={config.init_from}"
-    vae, text = _facts(plan)
+    passport, where = _passport(config.init_from), f"init_from={config.init_from}"
+    # The same weights may have another name there.
+    _same_encoders(where, passport, plan.vae, plan.text, ("name", "weights_sha256"))
+    pairs: list[tuple[str, Any, Any]] = [
+        ("data.text", config.data.text, passport.text),
+        ("objective", config.objective, passport.objective["name"]),
+    ]
+    if config.edm is not None:
+        theirs = passport.objective.get("sigma_data")
+        pairs.append(("edm.sigma_data", config.edm.sigma_data, theirs))
+    for key, own, found in pairs:
+        if own != found:
+            raise SettingError(f"{key}={own}: {where} was trained with {found}; set {key}={found}")
+    for field in dataclasses.fields(network):
+        own, found = getattr(network, field.name), getattr(passport.network(), field.name)
+        if field.name not in RESOLUTION and own != found:
+            raise SettingError(
+                f"{where}: weights of another architecture ({field.name}: {found}, this run's "
+                f"{own}); leave model: out to take theirs, or choose other weights"
+            )
+
+
+def check_encoders(plan: Plan) -> None:
+    """That the weights are of the very encoders that made the shards.
+
+    Raises:
+        SettingError: names both and a remedy.
+    """
+    config = plan.config
+    if config.init_from:
+        where = f"init_from={config.init_from}"
+        _same_encoders(where, _passport(config.init_from), *_facts(plan))
+
+
+def _same_encoders(
+    where: str,
+    passport: header.Passport,
+    vae: VaeFacts,
+    text: TextFacts,
+    ignore: tuple[str, ...] = (),
+) -> None:
     for kind, own, found in (
-        ("vae", vae, VaeFacts.model_validate(record["vae"])),
-        ("text_encoder", text, TextFacts.model_validate(record["text_encoder"])),
+        ("vae", vae, passport.vae),
+        ("text_encoder", text, passport.text_encoder),
     ):
-        lines = _differences(own, found)
+        lines = _differences(own, found, ignore)
         if lines:
             raise SettingError(
                 f"{where}: its {kind} is {found.name}, that of this run {own.name} "
                 f"({'; '.join(lines)}); encode the shards with the weights' own, or choose others"
             )
-    theirs = _objective(record)
-    pairs: list[tuple[str, Any, Any]] = [
-        ("data.text", config.data.text, record["text"]),
-        ("objective", config.objective, theirs["name"]),
-    ]
-    if config.edm is not None:
-        pairs.append(("edm.sigma_data", config.edm.sigma_data, theirs.get("sigma_data")))
-    for key, own, found in pairs:
-        if own != found:
-            raise SettingError(f"{key}={own}: {where} was trained with {found}; set {key}={found}")
 
 
 def path(config: Config) -> Path:
@@ -75,35 +158,27 @@ def path(config: Config) -> Path:
     Raises:
         SettingError: there is none.
     """
+    return _path(config.init_from)
+
+
+def _path(start: str) -> Path:
     try:
-        return header.find(config.init_from)
+        return header.find(start)
     except SettingError as error:
         raise SettingError(str(error).replace("checkpoint ", "init_from=", 1)) from error
+
+
+def _passport(start: str) -> header.Passport:
+    try:
+        return header.read_passport(_path(start))
+    except SettingError as error:
+        text = str(error).removeprefix(f"init_from={start}: ").removeprefix(f"{start}: ")
+        raise SettingError(f"init_from={start}: {text}") from error
 
 
 def content_hash(config: Config) -> str:
     """sha256 of the weights file: where it lies does not decide a run's result."""
     return header.file_hash(path(config))
-
-
-def _record(config: Config) -> dict[str, Any]:
-    where = f"init_from={config.init_from}"
-    file = path(config)
-    try:
-        record = header.read_record(file)
-    except SettingError as error:
-        raise SettingError(f"{where}: {error}") from error
-    lost = [k for k in ("vae", "text_encoder", "text", "model", "resolution") if k not in record]
-    if not {"edm", "objective"} & record.keys():
-        lost.append("objective")
-    if lost:
-        raise SettingError(f"{where}: broken passport ({lost[0]} is missing)")
-    return record
-
-
-def _objective(record: dict[str, Any]) -> dict[str, Any]:
-    """Its name and fields; of a passport of schema 1, EDM's."""
-    return record.get("objective") or {"name": "edm", **record["edm"]}
 
 
 def _facts(plan: Plan) -> tuple[VaeFacts, TextFacts]:
@@ -113,9 +188,9 @@ def _facts(plan: Plan) -> tuple[VaeFacts, TextFacts]:
     return plan.vae, plan.text
 
 
-def _differences(own: Any, found: BaseModel) -> list[str]:
-    hashes = own.weights_sha256, getattr(found, "weights_sha256", "")
+def _differences(own: Any, found: Any, ignore: tuple[str, ...]) -> list[str]:
+    hashes = own.weights_sha256, found.weights_sha256
     if all(hashes) and hashes[0] == hashes[1]:
         return mismatches(own, found, ignore=(*UNREAD, "name"))
     unknown = () if all(hashes) else ("weights_sha256",)
-    return mismatches(own, found, ignore=(*UNREAD, *unknown))
+    return mismatches(own, found, ignore=(*UNREAD, *unknown, *ignore))

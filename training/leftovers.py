@@ -34,7 +34,6 @@ from streaming.base.shared import SharedMemory
 from streaming.base.shared import prefix as names
 from streaming.base.world import World
 
-from pipeline.core.errors import SettingError
 from training.randomness import keyed_seed
 
 SHM = Path("/dev/shm")
@@ -142,11 +141,7 @@ def _claim(
     world: World,
 ) -> tuple[int, SharedMemory]:
     """Takes the place of the library's get_shm_prefix: the number, and the memory that names the
-    dataset's folders.
-
-    Raises:
-        SettingError: another living training fetches its shards to the same folder.
-    """
+    dataset's folders."""
     names._check_self(streams_local)
     own = run_number(run, world.node)
     if own not in _starts:
@@ -155,8 +150,6 @@ def _claim(
             remove_dead(own)
             _starts[own].hold()
     start = _starts[own]
-    if world.is_local_leader:
-        _check_cache(start, streams_local, streams_remote)
     number = int(f"{start.name}{next(start.datasets):03}")
     name = names._get_path(number, LOCALS)
     if world.is_local_leader:
@@ -167,22 +160,6 @@ def _claim(
     if not world.is_local_leader:
         memory = SharedMemory(name, False)
     return number, memory  # pyright: ignore
-
-
-def _check_cache(start: _Start, local: list[str], remote: list[str | None]) -> None:
-    fetched = {path for path, url in zip(local, remote, strict=True) if url is not None}
-    for path in SHM.glob(f"{'[0-9]' * 17}_{LOCALS}") if fetched else ():
-        if path.name.startswith(start.name):
-            continue
-        with _taken(SHM / f"{path.name[:14]}_lock") as file:
-            if file is not None:
-                continue
-        with contextlib.suppress(OSError):
-            for folder in fetched & {*names._unpack_locals(path.read_bytes())[0]}:
-                raise SettingError(
-                    f"{folder}: another training copies its shards there; give this run its own "
-                    "data.cache"
-                )
 
 
 @contextlib.contextmanager

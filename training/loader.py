@@ -10,25 +10,35 @@ import functools
 import math
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from multiprocessing.util import Finalize
-from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
 from streaming import StreamingDataLoader, StreamingDataset
+from streaming.base.shared import SharedArray, _get_path
+from torch import distributed
 
-from pipeline.core import drops
+from pipeline.core.errors import BrokenShard, SettingError
 from pipeline.core.latents import posterior_sample, to_model
 from pipeline.core.manifest import VaeFacts
-from pipeline.core.store import Store
+from pipeline.core.published import Row, read_index
+from pipeline.core.store import Store, size
 from training.buffers import Pool
+from training.cache import Cache, open_cache
+from training.left_out import left_out
 from training.leftovers import named_after, of_first_rank
-from training.preflight import Plan, world_size
+from training.preflight import Plan, Source, world_size
 from training.randomness import Rows, keyed_seed, sample_uniform, stage_key
+from training.settings import Config
+from training.shard_files import ShardFiles
 from training.shards import SplitStream
 from training.shared_memory import PREFETCH
 from training.text import TextGroup
+
+REPLACEMENTS = 1000  # samples that are tried in the place of one whose shard is damaged
 
 
 class Sample(TypedDict):
@@ -52,6 +62,9 @@ class LatentText(StreamingDataset):
         seed: decides the order.
         draws: (seed, stage), which with source, key and epoch decide a sample's random numbers.
         shuffle: False streams in the shards' order.
+        skip_damaged: a sample of a shard that is found damaged is replaced by another of its
+            source, a function of (seed, stage, epoch, the sample): whoever meets it, on whatever
+            rank, takes the same. Checkpoints hold which shards were found.
     """
 
     def __init__(
@@ -63,6 +76,7 @@ class LatentText(StreamingDataset):
         seed: int,
         draws: tuple[int | str, ...],
         shuffle: bool = True,
+        skip_damaged: bool = False,
     ) -> None:
         super().__init__(
             streams=streams,
@@ -81,6 +95,26 @@ class LatentText(StreamingDataset):
         self.length = self.epoch_size // ranks
         self._draws = draws
         self._epoch = 0
+        self._skip = skip_damaged
+        # Of this node, for all ranks and loader processes; new shared memory is zero.
+        name = _get_path(self._shm_prefix_int, "damaged")
+        self._damaged = SharedArray(self.num_shards, np.uint8, name)
+
+    def damaged(self) -> list[tuple[str, str]]:
+        """(source, input shard) of those that were found damaged and are skipped, on this node."""
+        places = np.flatnonzero(self._damaged.numpy())
+        return [self._name(int(place)) for place in places]
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Called on every rank."""
+        state, damaged = super().state_dict(num_samples, from_beginning), self.damaged()
+        if self._skip and self._unique_rank_world.num_nodes > 1:
+            nodes: list[Any] = [None] * distributed.get_world_size()
+            distributed.all_gather_object(nodes, damaged)
+            damaged = [name for names in nodes for name in names]
+        if damaged:
+            state["damaged"] = [list(name) for name in sorted({*damaged})]
+        return state
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Goes on in the middle of an epoch, which ends earlier where samples were dropped since.
@@ -88,6 +122,11 @@ class LatentText(StreamingDataset):
         What is left of such an epoch is in another order, so a sample may come twice in it. So it
         is after a roll-back: the order is this dataset's own, not that of the checkpoint.
         """
+        obj = dict(obj)
+        damaged = {tuple(name) for name in obj.pop("damaged", [])}
+        for place in range(self.num_shards) if damaged else ():
+            if self._name(place) in damaged:
+                self._damaged[place] = 1
         seen = min(obj["sample_in_epoch"], self.epoch_size)
         own = {"sample_in_epoch": seen, "shuffle_seed": self.shuffle_seed}
         super().load_state_dict({**obj, **own})
@@ -102,11 +141,34 @@ class LatentText(StreamingDataset):
 
         Raises:
             SettingError: the picture has no caption in its text group.
+            BrokenShard: its shard is gone or damaged, and must not be skipped, or all are.
+            StorageError: the shard cannot be fetched.
         """
+        if not self._skip:
+            return self._read(sample_id, retry)
+        for place in self._candidates(sample_id):
+            shard = self.spanner[place][0]
+            if self._damaged[shard]:
+                continue
+            try:
+                return self._read(place, retry)
+            except BrokenShard as error:
+                if not self._skip:
+                    raise
+                self._leave_out(shard, error)
+        source, _ = self._name(self.spanner[sample_id][0])
+        raise BrokenShard(f"{source}: too many of its shards are damaged to go on without them")
+
+    def _read(self, sample_id: int, retry: int) -> Sample:
         stored: dict[str, Any] = super().get_item(sample_id, retry)
         key, latent, reader = stored["key"], stored["latent"], stored["reader"]
         source = reader.stream.source
-        caption = reader.stream.text.read(reader.input, key)
+        text = reader.stream.text
+        caption = text.read(reader.input, key)
+        length, width = caption.tokens.shape
+        if width != self.shapes[1][1] or not 0 < length <= self.shapes[1][0]:
+            what = ValueError(f"token vectors of shape {[length, width]}")
+            raise text.files.damaged(reader.input, what)
         draws = (*self._draws, source.name, key, self._epoch)
         if source.latents.latents == "moments":
             latent = posterior_sample(_float32(latent), "latent", *draws)
@@ -118,36 +180,84 @@ class LatentText(StreamingDataset):
             drop=sample_uniform("drop", *draws),
         )
 
+    def _candidates(self, sample_id: int) -> Iterator[int]:
+        """The sample itself, and those of its source that take its place, in turn."""
+        yield sample_id
+        stream = self.stream_per_shard[self.spanner[sample_id][0]]
+        first, count = self.sample_offset_per_stream[stream], self.samples_per_stream[stream]
+        key = (*self._draws, "instead", self._epoch, int(sample_id))
+        for attempt in range(REPLACEMENTS):
+            yield int(first + keyed_seed(*key, attempt) % int(count))
+
+    def _leave_out(self, shard: int, error: BrokenShard) -> None:
+        if not self._damaged[shard]:
+            self._damaged[shard] = 1
+            source, name = self._name(shard)
+            print(
+                f"train: shard {name} of {source} is left out from here on "
+                f"({len(self.damaged())} of {self.num_shards} shards): {error}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _name(self, shard: int) -> tuple[str, str]:
+        reader: Any = self.shards[shard]
+        return reader.stream.source.name, reader.input
+
 
 def make_dataset(plan: Plan, stage: str, shuffle: bool = True, rollbacks: int = 0) -> LatentText:
     """The dataset of one stage of a run; its order is a function of (seed, stage, rollbacks)."""
-    config = plan.config
-    store = Store(config.data.root)
-    cache = Path(config.data.cache or config.run_folder() / "cache").absolute()
-    # A list that is written just now must count on every rank or on none: all would deal the
-    # samples differently.
-    dropped = of_first_rank({s.name: drops.read(store, s.name) for s in plan.data[stage]})
+    config, data = plan.config, plan.config.data
+    store = Store(data.root)
+    cache = open_cache(plan)
     weights = config.sources_of(config.stages[stage])
-    streams = [
-        SplitStream(
-            source,
-            store,
-            config.data.split,
-            cache,
-            TextGroup(store, source.text_group, cache, source.command(config)),
-            dropped[source.name],
-            source.command(config),
-            weights[source.name] if isinstance(weights, dict) else None,
-        )
-        for source in plan.data[stage]
-    ]
+    streams = []
+    for source in plan.data[stage]:
+        # What is published or taken out just now must count on every rank or on none: all would
+        # deal the samples differently.
+        rows, out = of_first_rank(_find(store, source, config))
+        files = ShardFiles(store, source.latents_group, rows, cache, data.check_hashes)
+        captions = read_index(store, source.text_group)
+        text = ShardFiles(store, source.text_group, captions, cache, data.check_hashes)
+        _check_cache(cache, files, text)
+        weight = weights[source.name] if isinstance(weights, dict) else None
+        group = TextGroup(text, source.command(config))
+        streams.append(SplitStream(source, files, group, out, weight))
     side = plan.latent_side(config.stages[stage])
     shapes = (plan.vae.channels, side, side), (plan.text.length, plan.text.width)
     batch_size = config.stages[stage].batch_size // world_size()
     key = stage_key(stage, rollbacks)
     seed = keyed_seed(config.seed, "order", key) % (1 << 31)
     with named_after(config.run_folder()):
-        return LatentText(streams, plan.vae, shapes, batch_size, seed, (config.seed, key), shuffle)
+        return LatentText(
+            streams,
+            plan.vae,
+            shapes,
+            batch_size,
+            seed,
+            (config.seed, key),
+            shuffle,
+            data.skip_damaged,
+        )
+
+
+def _find(store: Store, source: Source, config: Config) -> tuple[list[Row], dict[str, list[int]]]:
+    """The shards of the split, and which of their rows are left out."""
+    group, command = source.latents_group, source.command(config)
+    split = config.data.split
+    rows = [row for row in read_index(store, group) if row[1]["split"] == split]
+    out = left_out(store, source.name, group, source.text_group, rows, command)
+    return rows, out.rows
+
+
+def _check_cache(cache: Cache, *groups: ShardFiles) -> None:
+    """Raises SettingError where the cache could not hold what loader processes look at."""
+    largest = sum(files.largest() for files in groups if files.cached)
+    if cache.limit and cache.limit < 4 * largest:
+        raise SettingError(
+            f"data.cache_limit: shards of {groups[0].group} and their captions take up to "
+            f"{size(largest)}; give at least four times that, {size(4 * largest)}"
+        )
 
 
 def make_loader(

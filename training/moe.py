@@ -8,7 +8,7 @@ batched matrix product. Tokens compete within their own sample only, never acros
 import torch
 from torch import Tensor, nn
 
-from training.layers import INIT_STD, trunc_normal_
+from training.layers import INIT_STD, normal_
 from training.recompute import Normed, experts
 
 
@@ -61,6 +61,6 @@ class ExpertChoiceMLP(nn.Module):
         return out.view_as(h)
 
     def initialise(self, std_out: float, generator: torch.Generator | None) -> None:
-        trunc_normal_(self.w1, INIT_STD, generator)
-        trunc_normal_(self.w2, std_out, generator)
-        trunc_normal_(self.gate.weight, INIT_STD, generator)
+        normal_(self.w1, INIT_STD, generator)
+        normal_(self.w2, std_out, generator)
+        normal_(self.gate.weight, INIT_STD, generator)

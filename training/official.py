@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from pipeline.core.errors import SettingError
 from training import safe_load
-from training.dit import MicroDiT
 from training.dit_config import MODELS, DiTConfig
 from training.layers import position_table
+from training.tensors import read_tensors, require_fit, shapes
 
 PREFIX = "dit."  # of the network, in checkpoints of the official trainer and of this one
 BASE_GRID = 16  # patches along a side at 256 px, where positions have scale 1
@@ -51,11 +49,14 @@ def read(path: Path) -> Official:
     whole = _load(path)
     if isinstance(whole, dict) and isinstance(whole.get("state"), dict):
         whole = whole["state"].get("model")
-    if not isinstance(whole, dict) or not all(isinstance(v, Tensor) for v in whole.values()):
+    keyed = isinstance(whole, dict) and all(isinstance(name, str) for name in whole)
+    if not keyed or not all(isinstance(v, Tensor) for v in whole.values()):
         raise SettingError(
             f"{path}: no state dict, nor a Composer checkpoint with one under state.model"
         )
     named = {_plain(name): value for name, value in whole.items()}
+    if len(named) < len(whole):
+        raise SettingError(f"{path}: has a tensor twice, with and without {' or '.join(_WRAPPERS)}")
     if any(name.startswith(PREFIX) for name in named):
         own = {n.removeprefix(PREFIX): v for n, v in named.items() if n.startswith(PREFIX)}
     else:
@@ -79,8 +80,17 @@ def recognise(path: Path, tensors: dict[str, Tensor], base: DiTConfig | None = N
     """
     embed, positions = tensors["x_embedder.proj.weight"], tensors.get("pos_embed")
     caption = tensors.get("y_embedder.y_proj.fc1.weight")
-    if positions is None or caption is None or embed.dim() != 4:
+    if positions is None or caption is None:
         raise SettingError(f"{path}: no MicroDiT: pos_embed or y_embedder.y_proj is missing")
+    for key, value, axes in (
+        ("x_embedder.proj.weight", embed, 4),
+        ("pos_embed", positions, 3),
+        ("y_embedder.y_proj.fc1.weight", caption, 2),
+    ):
+        if value.dim() != axes:
+            raise SettingError(
+                f"{path}: no MicroDiT: {key} is {tuple(value.shape)}, expected {axes} axes"
+            )
     name = "the given sizes"
     if base is None:
         found = (len(embed), _count(tensors, "blocks"), _count(tensors, "patch_mixer"))
@@ -92,36 +102,31 @@ def recognise(path: Path, tensors: dict[str, Tensor], base: DiTConfig | None = N
             )
         name = known[found]
         base = MODELS[name]
-    grid = round(positions.shape[1] ** 0.5)
-    config = dataclasses.replace(
-        base,
-        in_channels=embed.shape[1],
-        caption_width=caption.shape[1],
-        input_size=grid * base.patch_size,
-    )
-    with torch.device("meta"):
-        expected = {n: tuple(v.shape) for n, v in MicroDiT(config).state_dict().items()}
-    shapes = {n: tuple(v.shape) for n, v in tensors.items()}
-    for key in [*expected, *sorted(shapes.keys() - expected.keys())]:
-        if expected.get(key) != shapes.get(key):
-            raise SettingError(
-                f"{path}: not {name}: {key} is {_shape(shapes.get(key))}, expected "
-                f"{_shape(expected.get(key))}"
-            )
+    try:
+        config = dataclasses.replace(
+            base,
+            in_channels=embed.shape[1],
+            caption_width=caption.shape[1],
+            input_size=math.isqrt(positions.shape[1]) * base.patch_size,
+        )
+    except ValueError as error:
+        raise SettingError(f"{path}: not {name}: {error}") from error
+    require_fit(path, tensors, config, name)
     return dataclasses.replace(config, pos_interp_scale=_scale(path, positions, config))
 
 
-def write(path: Path, tensors: dict[str, Tensor]) -> None:
+def write(path: Path, tensors: dict[str, Tensor], config: DiTConfig) -> None:
     """A file that the official code loads with `model.dit.load_state_dict(torch.load(…))`.
 
-    It appears whole under its name, or not at all.
+    Names are in the order of the official state dict. It appears whole under its name, or not at
+    all.
 
     Raises:
         OSError: no room, or no right to write there.
     """
     part = path.with_name(f".{path.name}.part")
     try:
-        torch.save(dict(tensors), part)
+        torch.save({name: tensors[name] for name in shapes(config)}, part)
         os.replace(part, path)
     except RuntimeError as error:  # what torch makes of a full disk
         raise OSError(" ".join(str(error).split())[:200]) from error
@@ -132,27 +137,29 @@ def write(path: Path, tensors: dict[str, Tensor]) -> None:
 def _load(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return read_tensors(path)
         return safe_load.load(path, _data_types())
     except FileNotFoundError as error:
         raise SettingError(f"{path}: no such file") from error
-    except SafetensorError as error:
-        raise SettingError(f"{path}: truncated, or no safetensors file ({error})") from error
+
+
+class _Unread:
+    """Stands for the numpy arrays in a checkpoint's random states, which nobody reads: a broken one
+    of numpy's own would be an error when its memory is freed."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
 
 
 def _data_types() -> list[Any]:
     """What Composer's checkpoints hold beside tensors and plain values: times, and numpy arrays in
     their random states. The reconstructing function had another place before numpy 2."""
-    reconstruct = np._core.multiarray._reconstruct  # pyright: ignore
-    kinds = ("uint32", "int64", "float64", "bool")
+    places = ("ndarray", "dtype", "core.multiarray._reconstruct", "_core.multiarray._reconstruct")
     return [
         datetime.timedelta,
         TorchVersion,
-        np.ndarray,
-        np.dtype,
-        reconstruct,
-        (reconstruct, "numpy.core.multiarray._reconstruct"),
-        *{type(np.dtype(kind)) for kind in kinds},
+        *((_Unread, f"numpy.{place}") for place in places),
     ]
 
 
@@ -177,7 +184,3 @@ def _scale(path: Path, positions: Tensor, config: DiTConfig) -> float:
         f"{path}: pos_embed is no sine-cosine table of {config.grid} x {config.grid} patches at "
         f"scale 1 or {config.grid / BASE_GRID:g}"
     )
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else str(shape)

@@ -17,7 +17,9 @@ from training import official, weights
 from training.dit import MicroDiT
 from training.dit_config import MODELS, DiTConfig
 from training.objectives.edm import EDM
+from training.options import require_folder
 from training.settings import Model
+from training.tensors import require_numbers
 
 SIGMA_DATA = 0.9
 VAES = {4: "sdxl", 16: "ostris16"}
@@ -36,17 +38,21 @@ def import_file(path: Path, out: Path, arch: str, vae: str, text_encoder: str) -
         What to tell the user.
 
     Raises:
-        SettingError: a file that is none, holds more than data, or is of another network.
+        SettingError: a file that is none, holds more than data or NaN, or is of another network.
     """
+    base = architecture(arch) if arch else None
+    text, image = text_facts(text_encoder), vae_facts(vae) if vae else None
+    require_folder("--out", out)
     found = official.read(path)
-    config = official.recognise(path, found.tensors, architecture(arch) if arch else None)
+    config = official.recognise(path, found.tensors, base)
+    require_numbers(path, found.tensors)
     name = vae or VAES.get(config.in_channels)
     if name is None:
         raise SettingError(
             f"{path}: {config.in_channels} latent channels, of no released checkpoint; name the "
             "VAE with --vae"
         )
-    passport = _passport(path, config, vae_facts(name), text_facts(text_encoder))
+    passport = _passport(path, config, image or vae_facts(name), text)
     out.mkdir(parents=True, exist_ok=True)
     weights.write(out / "model.safetensors", found.tensors, passport)
     beside = f"; {found.ignored} tensors beside the network left out" if found.ignored else ""

@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import shlex
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipeline.core import drops, layout
+from pipeline.core import layout
+from pipeline.core.commits import remedy
 from pipeline.core.errors import SettingError
 from pipeline.core.manifest import (
     LatentsManifest,
@@ -26,14 +26,15 @@ from pipeline.core.manifest import (
     read_manifest,
 )
 from pipeline.core.mds import stored
+from pipeline.core.published import Row, read_index
 from pipeline.core.store import Store
 from pipeline.encoders import text_facts, vae_facts
 from training import initial
 from training.dit_config import MODELS, DiTConfig
+from training.left_out import left_out
 from training.masking.ratio import ratio_steps
 from training.settings import Config
 from training.stage_settings import Stage
-from training.takedown import dropped_rows
 
 PATCH_SIZE = 2  # of every network of the paper
 UNREAD = ("revision", "weights_sha256", "dtype")  # facts that a table without weights cannot have
@@ -55,11 +56,12 @@ class Source:
     text_group: str
     latents: LatentsManifest
     text: TextManifest
-    samples: int  # without those that were dropped
+    samples: int  # without those that are left out
     latent_bytes: int  # of all its samples, as stored
     text_bytes: int  # of all its distinct captions
     captions: int  # distinct ones, counted a shard
     packed: bool  # whether latents are compressed: they are unpacked in the cache, not in the root
+    left_out: dict[str, int]  # reason -> pictures that training does not see
 
     def command(self, config: Config) -> str:
         return encode_command(config, self.name, self.latents.resolution)
@@ -125,6 +127,7 @@ def check(config: Config, need_data: bool = True) -> Plan:
     plan = Plan(config, vae_facts(config.data.vae), text_facts(config.data.text_encoder), {})
     for name, stage in config.stages.items():
         _check_sizes(plan, name, stage)
+    initial.check(plan, network_config(plan, next(iter(config.stages.values()))))
     try:
         data = _find_data(plan)
     except MissingData:
@@ -134,7 +137,7 @@ def check(config: Config, need_data: bool = True) -> Plan:
     for name, sources in data.items():
         _check_enough(config, name, sources)
     plan = Plan(config, plan.vae, plan.text, data)
-    initial.check(plan)
+    initial.check_encoders(plan)
     return plan
 
 
@@ -235,12 +238,12 @@ def _find_source(plan: Plan, store: Store, name: str, resolution: int) -> Source
             f"{name}: the shards under {store.url(name)} do not fit the YAML "
             f"({'; '.join(differences)}); run {command} --stale, or change the YAML"
         )
-    pictures = _shards(store, latents_group, data.split, command)
-    captions = _shards(store, text_group, data.split, command)
-    dropped = drops.read(store, name)
-    inputs = [record for _, record in pictures.values()]
-    gone = dropped_rows(store, latents_group, inputs, dropped, command)
-    lost = sorted(pictures.keys() - captions.keys())
+    pictures = _shards(plan, store, latents_group, command, _columns(latents))
+    captions = _shards(plan, store, text_group, command)
+    rows = list(pictures.values())
+    gone = left_out(store, name, latents_group, text_group, rows, command)
+    empty = {s for s, out in gone.rows.items() if len(out) == pictures[s][0]["samples"]}
+    lost = sorted(pictures.keys() - captions.keys() - empty)
     if lost:
         raise MissingData(
             f"{name}: {len(lost)} of {len(pictures)} shards have latents but no captions in "
@@ -251,14 +254,16 @@ def _find_source(plan: Plan, store: Store, name: str, resolution: int) -> Source
             f"{name}: no shard of split {data.split} in {store.url(latents_group)} "
             f"(splits there: {', '.join(latents.splits) or 'none'})"
         )
+    pictures = {shard: row for shard, row in pictures.items() if shard not in empty}
     samples = latent_bytes = 0
     for shard, (entry, _) in pictures.items():
-        left = entry["samples"] - len(gone.get(shard, ()))
+        left = entry["samples"] - len(gone.rows.get(shard, ()))
         samples += left
         latent_bytes += entry["raw_data"]["bytes"] * left // entry["samples"]
     if not samples:
         raise SettingError(
-            f"{name}: every sample of split {data.split} was dropped; leave it out of data.sources"
+            f"{name}: every sample of split {data.split} was {' or '.join(gone.why())}; "
+            "leave it out of data.sources"
         )
     return Source(
         name,
@@ -271,6 +276,7 @@ def _find_source(plan: Plan, store: Store, name: str, resolution: int) -> Source
         text_bytes=sum(captions[shard][0]["raw_data"]["bytes"] for shard in pictures),
         captions=sum(captions[shard][0]["samples"] for shard in pictures),
         packed=any(entry["compression"] for entry, _ in pictures.values()),
+        left_out=gone.why(),
     )
 
 
@@ -284,29 +290,34 @@ def _manifest(store: Store, group: str, kind: type[M], command: str) -> M:
     return manifest
 
 
+def _columns(latents: LatentsManifest) -> tuple[list[str], list[str]]:
+    """Names and encodings of the columns of a latents group's shards."""
+    side = latents.resolution // latents.vae.downsample
+    depth = latents.vae.channels * (2 if latents.latents == "moments" else 1)
+    return ["key", "latent"], ["str", f"ndarray:float16:{depth},{side},{side}"]
+
+
 def _shards(
-    store: Store, group: str, split: str, command: str
-) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
-    """Input shard -> its two entries in the group's index, that of MDS and ours, for the wanted
-    split; files are there."""
-    path = f"{group}/index.json"
+    plan: Plan,
+    store: Store,
+    group: str,
+    command: str,
+    columns: tuple[list[str], list[str]] | None = None,
+) -> dict[str, Row]:
+    """Input shard -> its part of the group's index, for the wanted split; files are there."""
+    data, path = plan.config.data, f"{group}/index.json"
     try:
-        index = store.read_json(path)
+        index = read_index(store, group)
     except FileNotFoundError as error:
         raise MissingData(f"no index at {store.url(path)}; run {command}") from error
-    except json.JSONDecodeError as error:
-        raise SettingError(f"{store.url(path)}: not JSON ({error}); run {command}") from error
-    if len(index.get("inputs", ())) != len(index["shards"]):
-        raise SettingError(
-            f'{store.url(path)}: has no "inputs" beside its shards, so splits and captions cannot '
-            f"be told; it was not written by `pipeline run`"
-        )
-    wanted = {
-        record["shard"]: (entry, record)
-        for entry, record in zip(index["shards"], index["inputs"], strict=True)
-        if record["split"] == split
-    }
-    if store.local:
+    for entry, record in index:
+        if columns and (entry["column_names"], entry["column_encodings"]) != columns:
+            raise SettingError(
+                f"{store.url(path)}: shard {record['shard']} holds {entry['column_encodings']}, "
+                f"by the manifest it would be {columns[1]}; {remedy(store, group)}"
+            )
+    wanted = {record["shard"]: (e, record) for e, record in index if record["split"] == data.split}
+    if store.local and not data.skip_damaged:
         there = set(store.names(group))
         files = [
             [stored(entry)["basename"], *([record["keys"]] if "keys" in record else [])]

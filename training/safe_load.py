@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.core.errors import SettingError
+from training.header import require_content
 
 
 def load(path: Path, types: Sequence[Any] = ()) -> Any:
@@ -26,22 +27,22 @@ def load(path: Path, types: Sequence[Any] = ()) -> Any:
         FileNotFoundError: it is not there.
         SettingError: truncated, no file of torch, or holding objects that are more than data.
     """
+    require_content(path)
     try:
         with torch.serialization.safe_globals(list(types)), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")  # it is refused anyway
+            warnings.simplefilter("ignore")  # of odd bytes in it: whatever they are, it is judged
             mapped = zipfile.is_zipfile(path)  # files of before torch 1.6 are not
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise
-    except IsADirectoryError as error:
-        raise SettingError(f"{path}: is a folder; give the checkpoint's file") from error
-    except pickle.UnpicklingError as error:
+    except Exception as error:
+        # A pickle is a program: a broken one fails in whatever way its instructions do.
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise SettingError(
                 f"{path}: holds pickled objects ({refused[1]}), which may run code, and was not "
                 "opened; use a file of tensors alone"
             ) from error
-        raise SettingError(f"{path}: truncated, or no checkpoint of torch") from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        text = " ".join(str(error).split())[:120]
+        text = " ".join(str(error).split())[:120] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's own text is advice to run it
+            text = "no pickle of tensors"
         raise SettingError(f"{path}: truncated, or no checkpoint of torch ({text})") from error

@@ -5,7 +5,7 @@ met, which of 16 captions fits the picture best: its own, the ten that share mos
 five others. The share of pictures whose own caption wins is printed for training captions and for
 each split that training never saw, beside the same judge's score on the real pictures (what a
 perfect model would get) and chance. Each split also gets a sheet: generated picture, decoded cached
-latent, caption.
+latent, caption. Of a picture that is not square the judge sees the part that was encoded.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import random
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,16 @@ from typing import TYPE_CHECKING, Any
 from pipeline.core.errors import BrokenShard, SettingError, StorageError
 from pipeline.core.location import located
 from pipeline.core.streams import survive_readers
-from training import ranks
+from pipeline.encoders import text_facts
+from training import header, ranks
+from training.options import check, device_of
 from training.threads import share_cores
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from pipeline.core.commits import Commit
+    from pipeline.core.store import Store
     from training.generate import Painter
 
 CANDIDATES = 16  # captions the judge chooses from
@@ -41,7 +46,7 @@ class Example:
     """A real picture of the dataset, its own caption and its cached latent."""
 
     caption: str
-    picture: np.ndarray  # uint8 (H, W, 3)
+    picture: np.ndarray  # uint8 (H, H, 3), the part of it that was encoded
     latent: np.ndarray  # raw, (C, h, w)
 
 
@@ -52,19 +57,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ranks.alone()
     options = _parser().parse_args(arguments)
     share_cores()
+    out = Path(options.out)
     try:
+        check(options, ["count", "steps", "batch_size"])
+        text_facts(options.judge)
+        device_of(options.device)
+        splits = read_examples(header.read_passport(header.find(options.checkpoint)), options.root)
+        _require_choice(splits)
         from training.generate import Painter
 
         painter = Painter(options.checkpoint, options.device)
-        results = score(painter, options)
+        results = score(painter, splits, options)
+        (out / "scores.json").write_text(json.dumps(results, indent=1) + "\n")
     except SettingError as error:
         print(f"scores: {error}", file=sys.stderr)
         return 2
     except (BrokenShard, StorageError) as error:
         print(f"scores: {error}", file=sys.stderr)
         return 1
-    out = Path(options.out)
-    (out / "scores.json").write_text(json.dumps(results, indent=1) + "\n")
+    except OSError as error:
+        print(f"scores: cannot write {out}: {error}", file=sys.stderr)
+        return 1
     print(f"\nOwn caption ranked first among {CANDIDATES} (chance {100 / CANDIDATES:.0f} %):")
     for split, row in results["splits"].items():
         print(
@@ -74,11 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def score(painter: Painter, options: argparse.Namespace) -> dict[str, Any]:
+def score(
+    painter: Painter, splits: dict[str, list[Example]], options: argparse.Namespace
+) -> dict[str, Any]:
     """Paints, judges, writes the sheets; the numbers.
 
+    Args:
+        splits: see `read_examples`.
+
     Raises:
-        SettingError: the shards that the model was trained on are not where they were.
+        SettingError: no such judge, or pictures that cannot be painted.
     """
     from pipeline.encoders import load_text
     from training.generate import Progress
@@ -87,7 +105,6 @@ def score(painter: Painter, options: argparse.Namespace) -> dict[str, Any]:
     judge = load_text(options.judge, images=True)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    splits = read_examples(painter.passport, options.root)
     every = sorted({e.caption for examples in splits.values() for e in examples})
     results: dict[str, Any] = {
         "checkpoint": options.checkpoint,
@@ -102,10 +119,12 @@ def score(painter: Painter, options: argparse.Namespace) -> dict[str, Any]:
         captions = [example.caption for example in chosen]
         print(f"painting {len(captions)} captions of split {split}", file=sys.stderr, flush=True)
         report = Progress()
-        pictures = painter.paint(
-            captions, options.guidance, options.steps, options.seed, options.batch_size, report
-        )
-        report.close()
+        try:
+            pictures = painter.paint(
+                captions, options.guidance, options.steps, options.seed, options.batch_size, report
+            )
+        finally:
+            report.close()
         real = [example.picture for example in chosen]
         results["splits"][split] = {
             "pictures": len(captions),
@@ -128,11 +147,10 @@ def own_caption_first(
 
     Args:
         judge: has embed_images((N, H, W, 3) uint8) and embed_texts(list), unit vectors (N, E).
+        pictures: uint8 (H, W, 3), of any sizes.
         every: captions that the others are drawn from; a function of the caption, not of order.
     """
-    import numpy as np
-
-    vectors = judge.embed_images(np.stack(pictures))
+    vectors = [judge.embed_images(picture[None])[0] for picture in pictures]
     known = dict(zip(every, judge.embed_texts(every), strict=True))
     hits = 0
     for vector, caption in zip(vectors, captions, strict=True):
@@ -161,67 +179,117 @@ def distractors(caption: str, every: list[str]) -> list[str]:
 def read_examples(passport: Any, root: str = "") -> dict[str, list[Example]]:
     """Split -> pictures of the first source that the model was trained on, training split first.
 
-    Raises:
-        SettingError: the groups are not under the root.
-    """
-    from streaming import LocalDataset
+    Args:
+        root: where the groups are, local or remote; default: where they were in training.
 
+    Raises:
+        SettingError: weights that know of no source, or groups that are not under the root.
+        BrokenShard: a shard that is gone or damaged.
+        StorageError: the root cannot be read.
+    """
     from pipeline.core import drops, layout
     from pipeline.core.store import Store
 
-    data = passport.config["data"]
-    store = Store(root or data["root"])
-    source = next(iter(data["sources"]))
+    data = passport.config.get("data")
+    if not (isinstance(data, dict) and data.get("sources")):
+        raise SettingError(
+            f"weights of {passport.run}, stage {passport.stage}: they name no source (imported "
+            "ones know of none), so there are no captions to score; give weights of a run"
+        )
+    store = Store(root or data.get("root", layout.DEFAULT_ROOT))
+    source, first = next(iter(data["sources"])), data.get("split", "train")
     # Settings of older runs do not name what was the only kind then.
     kind = data.get("latents", "mean"), data.get("crop", "center")
     group = layout.latents_group(source, passport.vae.name, passport.resolution, *kind)
-    if not store.local or not store.exists(f"{group}/index.json"):
+    try:
+        inputs = store.read_json(f"{group}/index.json")["inputs"]
+        shards = [(record["shard"], record["split"]) for record in inputs]
+    except FileNotFoundError as error:
         raise SettingError(
-            f"--root {store.root}: no {group} there, which the model was trained on; "
-            "name a local root that has it"
-        )
+            f"--root {store.root}: no {group} there, which the model was trained on; name a root "
+            "that has it"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise BrokenShard(
+            f"{store.url(f'{group}/index.json')}: no index of shards; "
+            "`pipeline verify --repair` writes it anew"
+        ) from error
     dropped = drops.read(store, source)
-    latents = LocalDataset(store.url(group))
-    index = store.read_json(f"{group}/index.json")
-    splits: dict[str, list[Example]] = {data["split"]: []}
-    first = 0
-    seen: dict[str, int] = {}
-    for entry, record in zip(index["shards"], index["inputs"], strict=True):
-        rows = range(first, first := first + entry["samples"])
-        split = record["split"]
-        seen[split] = seen.get(split, 0) + 1
+    splits: dict[str, list[Example]] = {first: []}
+    seen: Counter[str] = Counter()
+    for shard, split in shards:
+        seen[split] += 1
         if seen[split] <= MAX_SHARDS:
-            gone = dropped.get(record["shard"], frozenset())
-            samples = (latents[i] for i in rows)
-            # Of moments (mean, log variance) the mean: what the VAE's decoder is best shown.
-            channels = passport.vae.channels
-            stored = {s["key"]: s["latent"][:channels] for s in samples if s["key"] not in gone}
-            splits.setdefault(split, []).extend(
-                _join(store, layout.images_group(source), record["shard"], stored)
-            )
+            commit = _commit(store, group, shard)
+            latents = _latents(store, group, commit, passport.vae.channels)
+            for key in dropped.get(shard, ()):
+                latents.pop(key, None)
+            crop = kind[1], commit.inputs.get("seed") or 0
+            found = _join(store, layout.images_group(source), shard, latents, crop)
+            splits.setdefault(split, []).extend(found)
     return {split: examples for split, examples in splits.items() if examples}
 
 
-def _join(store: Any, images: str, shard: str, latents: dict[str, np.ndarray]) -> list[Example]:
-    """The shard's pictures that have a latent and a caption of their own."""
-    import numpy as np
+def _require_choice(splits: dict[str, list[Example]]) -> None:
+    count = len({example.caption for examples in splits.values() for example in examples})
+    if count < CANDIDATES:
+        raise SettingError(
+            f"{count} different captions of pictures with a latent are there; the judge chooses "
+            f"from {CANDIDATES}"
+        )
 
-    from pipeline.core.commits import read_commit, read_file
-    from pipeline.core.images import decode
-    from pipeline.core.tars import read_samples
 
-    commit = read_commit(store, images, shard)
+def _commit(store: Store, group: str, shard: str) -> Commit:
+    from pipeline.core.commits import read_commit
+
+    commit = read_commit(store, group, shard)
     if commit is None:
         raise SettingError(
-            f"--root {store.root}: no pictures of shard {shard} in {images}; name a root that has "
-            "them"
+            f"--root {store.root}: no shard {shard} in {group}; name a root that has it"
         )
+    return commit
+
+
+def _latents(store: Store, group: str, commit: Commit, channels: int) -> dict[str, np.ndarray]:
+    """Key -> latent of a shard; of moments (mean, log variance) the mean, which is what the VAE's
+    decoder is best shown."""
+    from pipeline.core.commits import read_file
+    from pipeline.core.mds import decode_shard, stored, unpack
+
+    if commit.index is None:  # every picture of it was rejected
+        return {}
+    data = read_file(store, group, commit, stored(commit.index)["basename"])
+    _, samples = decode_shard(unpack(data, commit.index))
+    return {sample["key"]: sample["latent"][:channels] for sample in samples}
+
+
+def _join(
+    store: Store,
+    images: str,
+    shard: str,
+    latents: dict[str, np.ndarray],
+    crop: tuple[Any, int],
+) -> list[Example]:
+    """The shard's pictures that have a latent and a caption of their own.
+
+    Args:
+        crop: how the square that was encoded was cut, and the seed of it.
+    """
+    from pipeline.core.commits import read_file
+    from pipeline.core.images import fit, read_pixels
+    from pipeline.core.tars import read_samples
+
     examples = []
-    for key, fields in read_samples(read_file(store, images, commit, ".tar")):
+    for key, fields in read_samples(
+        read_file(store, images, _commit(store, images, shard), ".tar")
+    ):
         caption = fields.get("txt", b"").decode()
         data = next((d for e, d in fields.items() if e not in ("txt", "json")), b"")
         if key in latents and caption:
-            examples.append(Example(caption, np.array(decode(data)), latents[key]))
+            pixels = read_pixels(data)
+            # What the model was shown of it: a square, at the size of the picture.
+            square = fit(pixels, min(pixels.shape[:2]), crop[0], crop[1], key)
+            examples.append(Example(caption, square, latents[key]))
     return examples
 
 

@@ -59,7 +59,17 @@ class Data(Section):
     caption_drop: Share = 0.1  # how often a caption is dropped, for classifier-free guidance
     #: Loader processes a rank.
     workers: Annotated[int, Field(ge=0, description="0 reads in the trainer")] = 2
-    cache: Location = ""  # folder for shards of a remote root; default <folder>/cache
+    cache: Location = ""  # folder for shards of a remote or compressed root; default <folder>/cache
+    # What the cache may hold, e.g. 500GB; "": any amount.
+    cache_limit: Annotated[str, Field(pattern=r"^(\d+(\.\d+)? ?[KMGTP]?B?)?$")] = ""
+    check_hashes: bool = False  # each shard against its commit's sha256, when it is opened first
+    skip_damaged: bool = False  # damaged shards are left out and counted; False: end the run
+
+    def cache_bytes(self) -> int:
+        """0 for any number."""
+        number = self.cache_limit.removesuffix("B").strip()
+        power = "KMGTP".find(number[-1:]) + 1 if number[-1:].isalpha() else 0
+        return int(float(number.rstrip("KMGTP ") or 0) * 1000**power)
 
     def captions_of(self, source: str) -> str:
         return self.captions if isinstance(self.captions, str) else self.captions.get(source, "alt")

@@ -1,12 +1,11 @@
-"""Shards of a latents group, as StreamingDataset takes them: one split, mapped, without drops."""
+"""Shards of a latents group, as StreamingDataset takes them: one split, mapped, without what is
+left out."""
 
 from __future__ import annotations
 
 import bisect
 import functools
-import json
 import math
-import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,64 +15,66 @@ import numpy as np
 from streaming import Stream
 from streaming.base.format.mds import MDSReader
 
-from pipeline.core.store import Store
 from training.preflight import Source
-from training.takedown import dropped_rows
+from training.shard_files import ShardFiles
 from training.text import TextGroup
-
-OPEN_SHARDS = 1024  # in each loader process; the kernel allows 65,530 maps
 
 
 class SplitStream(Stream):
-    """The shards of one split of a latents group; the index says which they are.
+    """Shards of a latents group, of one split.
 
     Args:
+        files: of the group, those that are streamed.
         text: the captions of the same source.
-        dropped: input shard -> keys of samples that are not to be streamed.
-        command: what makes the group, for error messages.
+        rows: input shard -> rows of its MDS shard that are left out, in ascending order.
         weight: its share of an epoch, relative to the other streams'; None for its size.
     """
 
     def __init__(
         self,
         source: Source,
-        store: Store,
-        split: str,
-        cache: Path,
+        files: ShardFiles,
         text: TextGroup,
-        dropped: dict[str, frozenset[str]],
-        command: str,
+        rows: dict[str, list[int]],
         weight: float | None = None,
     ) -> None:
-        url = store.url(source.latents_group)
-        if store.local and not source.packed:
-            super().__init__(local=url, proportion=weight)
-        else:
-            super().__init__(remote=url, local=str(cache / source.latents_group), proportion=weight)
+        folder = files.cache.folder if files.cached else Path(files.root)
+        super().__init__(local=str(folder / files.group), proportion=weight)
         self.source = source
-        self.wanted_split = split
+        self.files = files
         self.text = text
-        self.dropped = dropped
-        self.command = command
-        self._store, self._group = store, source.latents_group
+        self._rows = rows
 
     def get_shards(self, world, allow_unsafe_types: bool):
         """Readers of the wanted shards only: the others do not exist for the dataset."""
-        super().get_shards(world, allow_unsafe_types)  # fetches a remote index, checks the types
-        with open(os.path.join(self.local, "index.json"), encoding="utf-8") as file:
-            index = json.load(file)
-        pairs = zip(index["shards"], index["inputs"], strict=True)
-        wanted = [(shard, r) for shard, r in pairs if r["split"] == self.wanted_split]
-        records = [record for _, record in wanted]
-        gone = dropped_rows(self._store, self._group, records, self.dropped, self.command)
         readers = []
-        for shard, record in wanted:
-            reader = MappedReader.from_json(self.local, "", shard)
-            reader.stream, reader.input = self, record["shard"]
-            reader.leave_out(gone.get(record["shard"], []))
+        for shard in self.files.shards():
+            path = self.files.path(shard)
+            # The library knows of no compression, and of no other root: a file is there or not.
+            facts = {**self.files.entry(shard), "compression": None, "zip_data": None}
+            facts["raw_data"] = {**facts["raw_data"], "basename": os.path.basename(path)}
+            reader = MappedReader.from_json(self.local, "", facts)
+            reader.stream, reader.input = self, shard
+            reader.leave_out(self._rows.get(shard, []))
             if reader.samples:
                 readers.append(reader)
         return readers
+
+    def set_up_local(self, shards: list[Any], cache_usage_per_shard: np.ndarray) -> None:
+        """Says which shards need not be fetched, by their size."""
+        for place, shard in enumerate(shards):
+            path = os.path.join(self.local, shard.raw_data.basename)
+            there = not self.files.cached or os.path.exists(path)
+            cache_usage_per_shard[place] = shard.raw_data.bytes if there else 0
+
+    def prepare_shard(self, shard: Any) -> int:
+        """Fetches ahead, in a thread of the library's; 0, as it counts nothing of ours."""
+        self.files.prefetch(shard.input)
+        self.text.files.prefetch(shard.input)
+        return 0
+
+    def get_index_size(self) -> int:
+        return 0
 
 
 class MappedReader(MDSReader):
@@ -93,42 +94,36 @@ class MappedReader(MDSReader):
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         """Of a latent: the index has it, so that a sample is its key's length, key and values."""
-        key, latent = self.column_encodings
-        kind, dtype, sides = latent.split(":")
-        if (self.column_names, key, kind, dtype) != (
-            ["key", "latent"],
-            "str",
-            "ndarray",
-            "float16",
-        ):
-            raise ValueError(f"{self.raw_data.basename}: holds {self.column_encodings}, no latents")
-        return tuple(int(side) for side in sides.split(","))
+        return tuple(map(int, self.column_encodings[1].split(":")[2].split(",")))
+
+    @functools.cached_property
+    def _values(self) -> int:
+        return math.prod(self.shape)
 
     def get_item(self, idx: int) -> dict[str, Any]:
         """A sample's key, its latent as a view of the file, and this reader.
 
         Raises:
-            FileNotFoundError: the shard was not fetched yet.
+            BrokenShard: the shard is gone or damaged.
         """
-        data, begin = self._find(idx)
+        data, begin, end = self._find(idx)
         start = begin + 4 + int.from_bytes(data[begin : begin + 4], "little")
-        latent = np.frombuffer(data, np.float16, math.prod(self.shape), offset=start)
-        key = data[begin + 4 : start].decode()
+        try:
+            if end - start != 2 * self._values:
+                raise ValueError(f"sample {idx} has {end - begin} bytes")
+            latent = np.frombuffer(data, np.float16, self._values, offset=start)
+            key = str(data[begin + 4 : start], "utf-8")
+        except ValueError as error:
+            raise self.stream.files.damaged(self.input, error) from error
         return {"key": key, "latent": latent.reshape(self.shape), "reader": self}
 
     def get_sample_data(self, idx: int) -> bytes:
-        data, begin = self._find(idx)
-        return data[begin : self._find(idx, end=1)[1]]
+        data, begin, end = self._find(idx)
+        return bytes(data[begin:end])
 
-    def _find(self, idx: int, end: int = 0) -> tuple[mmap.mmap, int]:
-        """The file, and where in it a sample begins, or ends."""
-        data = _mapped(os.path.join(self.dirname, self.raw_data.basename))
-        place = 4 * (1 + idx + bisect.bisect_right(self.skips, idx) + end)
-        return data, int.from_bytes(data[place : place + 4], "little")
-
-
-@functools.lru_cache(OPEN_SHARDS)
-def _mapped(path: str) -> mmap.mmap:
-    # A shard's name holds its fingerprint: what was mapped once under a name stays right.
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def _find(self, idx: int) -> tuple[memoryview, int, int]:
+        """The file, and where in it a sample begins and ends."""
+        data = self.stream.files.map(self.input)
+        place = 4 * (1 + idx + bisect.bisect_right(self.skips, idx))
+        begin = int.from_bytes(data[place : place + 4], "little")
+        return data, begin, int.from_bytes(data[place + 4 : place + 8], "little")

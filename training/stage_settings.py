@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -11,11 +11,12 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    create_model,
     model_validator,
 )
 
 from training.masking.ratio import Ratio, RatioSchedule
-from training.masking.scheme import Scheme, make_scheme
+from training.masking.scheme import Scheme, make_scheme, stage_settings
 
 STAGE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # a stage's name is a folder's name
 
@@ -83,7 +84,22 @@ Averages = Annotated[
 ]
 
 
-class Stage(Section):
+def _optional(kind: Any) -> Any:
+    if get_origin(kind) is tuple:  # YAML has lists
+        kind = Annotated[kind, Field(strict=False)]
+    return kind | None
+
+
+SCHEME_SETTINGS = stage_settings()
+# Those of all masking schemes; `Stage.scheme` says which belong together.
+_SchemeSettings = create_model(
+    "_SchemeSettings",
+    __base__=Section,
+    **{name: (_optional(kind), None) for name, kind in SCHEME_SETTINGS.items()},  # pyright: ignore
+)
+
+
+class Stage(_SchemeSettings):  # pyright: ignore
     """One stretch of training with its own loader and schedule. Steps count from its own start."""
 
     steps: Count
@@ -92,10 +108,8 @@ class Stage(Section):
     lr: Positive
     sources: Sources | None = None  # default: data.sources
     microbatch: Count | None = None  # samples a rank computes at once; default: all of its share
-    mask: str = "none"  # a scheme of training.masking
+    mask: str = "none"  # a scheme of training.masking, whose settings are the stage's as well
     mask_ratio: MaskRatio = 0.0  # share of patches that are masked
-    mask_block: Literal[2, 4, 8] | None = None  # side of the cells that mask block drops
-    tread_blocks: Annotated[tuple[int, int], Field(strict=False)] | None = None  # first and last
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0  # steps of linear warm-up, then the schedule
     final_lr: Share = 0.0  # where cosine ends, as a share of lr
@@ -144,8 +158,7 @@ class Stage(Section):
         Raises:
             ValueError: settings that do not fit each other.
         """
-        settings = {"mask_block": self.mask_block, "tread_blocks": self.tread_blocks}
-        return make_scheme(self.mask, settings)
+        return make_scheme(self.mask, {name: getattr(self, name) for name in SCHEME_SETTINGS})
 
     def averages(self) -> dict[str, float | Power]:
         """The averages of the weights by name, which is also part of their files' names."""

@@ -16,7 +16,7 @@ if sys.path and os.path.basename(sys.path[0]) == "training":
     # modules of the same name. Its parent is what belongs there.
     sys.path[0] = os.path.dirname(sys.path[0])
 
-from pipeline.core.errors import SettingError, StorageError
+from pipeline.core.errors import BrokenShard, SettingError, StorageError
 from pipeline.core.limits import raise_open_files
 from pipeline.core.streams import survive_readers
 from pipeline.core.temporary import shorten_sockets
@@ -88,8 +88,10 @@ def main(arguments: list[str]) -> int:
             for line in _message(error).splitlines():
                 print(f"train: {rank}{line}", file=sys.stderr)
         return 2
-    except StorageError as error:
-        print(f"train: {error}", file=sys.stderr)  # of any rank: each may have its own disk
+    except (BrokenShard, StorageError) as error:
+        # Of any rank: each may have its own disk.
+        for line in _message(error).splitlines():
+            print(f"train: {line}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, SystemExit) as error:  # Composer makes the one of the other
         if isinstance(error, SystemExit) and error.code != INTERRUPTED:
@@ -100,11 +102,11 @@ def main(arguments: list[str]) -> int:
         return INTERRUPTED
 
 
-def _message(error: SettingError) -> str:
+def _message(error: Exception) -> str:
     """The error's own lines; torch wraps an error of a loader process in its traceback."""
     text = str(error)
     if "Original Traceback" in text:
-        text = text.rstrip().splitlines()[-1].partition("SettingError: ")[2]
+        text = text.rstrip().splitlines()[-1].partition(f"{type(error).__name__}: ")[2]
     return text
 
 

@@ -7,14 +7,18 @@ interrupted and an uninterrupted run leave the same bytes; times are in the run 
 
 from __future__ import annotations
 
+import functools
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline.core import summary
-from pipeline.core.errors import BrokenShard, SettingError, TooManyRejects
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.core import layout, summary
+from pipeline.core.errors import BrokenShard, NewerSchema, TooManyRejects
 from pipeline.core.samples import InputShard, Reject
 from pipeline.core.spool import Spool
 from pipeline.core.store import Store, fingerprint, sha256
@@ -67,7 +71,8 @@ def scan(store: Store, group: str) -> Iterator[Commit]:
     """Every commit of a group, in order of shard, one at a time.
 
     Raises:
-        SettingError: a record was written by a newer version of this package.
+        BrokenShard: a record is damaged.
+        NewerSchema: a record was written by a newer version of this package.
     """
     for path, data in summary.records(store, group):
         yield _parse(store, path, data)
@@ -79,8 +84,13 @@ def read_commits(store: Store, group: str) -> dict[str, Commit]:
 
 
 def read_commit(store: Store, group: str, shard: str) -> Commit | None:
-    """One shard's commit, or None where it has none."""
-    path = f"{group}/commits/{shard}.json"
+    """One shard's commit, or None where it has none.
+
+    Raises:
+        BrokenShard: the record is damaged.
+        NewerSchema: it was written by a newer version of this package.
+    """
+    path = commit_path(group, shard)
     try:
         return _parse(store, path, store.read(path))
     except FileNotFoundError:
@@ -88,23 +98,42 @@ def read_commit(store: Store, group: str, shard: str) -> Commit | None:
 
 
 def read_file(store: Store, group: str, commit: Commit, ending: str) -> bytes:
-    """A committed data file, as it was committed.
+    """The committed data file with this ending, as it was committed.
 
     Raises:
         BrokenShard: it is gone, or its bytes are not those of the record.
     """
-    name = commit.file(ending)
+    return read_named(store, group, commit, commit.file(ending))
+
+
+def read_named(store: Store, group: str, commit: Commit, name: str) -> bytes:
+    """A committed file by its name; see `read_file`."""
     try:
         data = store.read(f"{group}/{name}")
     except FileNotFoundError:
-        data = None
-    if data is None or sha256(data) != commit.files[name]["sha256"]:
-        what = "is missing" if data is None else "differs from its commit record"
-        raise BrokenShard(
-            f"{store.url(f'{group}/{name}')} {what}; `pipeline verify --repair` puts the shard "
-            "back to what is left to do"
-        )
+        raise broken(store, f"{group}/{name}", "is missing") from None
+    if sha256(data) != commit.files[name]["sha256"]:
+        raise broken(store, f"{group}/{name}", _difference(len(data), commit.files[name]))
     return data
+
+
+def _difference(size: int, facts: dict[str, Any]) -> str:
+    if size != facts["bytes"]:
+        return f"has {size} bytes, its commit record says {facts['bytes']}"
+    return "differs from its commit record (sha256)"
+
+
+def broken(store: Store, path: str, what: str) -> BrokenShard:
+    """The error of a file of a shard: what is wrong with it, and the remedy."""
+    return BrokenShard(f"{store.url(path)} {what}; {remedy(store, path)}")
+
+
+def remedy(store: Store, path: str) -> str:
+    """What to do about a damaged file of a group."""
+    words = ["pipeline", "verify", "--repair", "--source", path.split("/")[0]]
+    if store.root != Store(layout.DEFAULT_ROOT).root:
+        words += ["--root", store.root]
+    return f"run `{shlex.join(words)}`, which says what to do again"
 
 
 def write_shard(
@@ -228,14 +257,45 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return changes
 
 
+@functools.cache
+def _records() -> TypeAdapter[Commit]:
+    return TypeAdapter(Commit)
+
+
 def _parse(store: Store, path: str, data: bytes) -> Commit:
-    record = json.loads(data)
-    if record.get("schema", 0) > SCHEMA:
-        raise SettingError(
-            f"{store.url(path)}: schema {record['schema']}, this version reads up to {SCHEMA}; "
+    require_schema(store, path, data, "schema", SCHEMA)
+    try:
+        commit = _records().validate_json(data, strict=True)
+        for name, facts in commit.files.items():
+            if not isinstance(facts.get("bytes"), int) or not isinstance(facts.get("sha256"), str):
+                raise ValueError(f"files.{name}: no bytes or sha256")
+    except ValueError as error:
+        raise broken(store, path, f"is no commit record ({reason(error)})") from error
+    return commit
+
+
+def require_schema(store: Store, path: str, data: bytes, key: str, newest: int) -> None:
+    """Raises NewerSchema where a JSON file says that a newer version of this package wrote it."""
+    try:
+        schema = json.loads(data).get(key, 0)
+        newer = schema > newest
+    except (ValueError, AttributeError, TypeError):
+        return  # what it is instead, its reader says
+    if newer:
+        raise NewerSchema(
+            f"{store.url(path)}: schema {schema}, this version reads up to {newest}; "
             "upgrade the package"
         )
-    return Commit(**record)
+
+
+def reason(error: BaseException) -> str:
+    """What is wrong with a record, in a line."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        text = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+    else:
+        text = str(error)
+    return " ".join(text.split())[:200]
 
 
 def _short(value: Any) -> str:

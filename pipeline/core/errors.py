@@ -10,6 +10,10 @@ class SettingError(ValueError):
     """A setting that cannot be used: name, value, remedy. The command ends with exit 2."""
 
 
+class NewerSchema(SettingError):
+    """A file that a newer version of this package wrote: nothing is wrong with it."""
+
+
 class StorageError(RuntimeError):
     """A root that cannot be read or written: full, read-only, forbidden, unreachable.
 
@@ -18,7 +22,8 @@ class StorageError(RuntimeError):
 
 
 class BrokenShard(RuntimeError):
-    """A committed file that is gone or differs from its record. It concerns its shard alone."""
+    """A committed file that is gone, damaged, or differs from its record. It concerns its shard
+    alone; where it ends a command or a training, with exit 1."""
 
 
 class TooManyRejects(RuntimeError):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.core.commits import reason, remedy, require_schema
 from pipeline.core.errors import SettingError
 from pipeline.core.store import Store
 
@@ -52,10 +53,15 @@ class LatentsManifest(Strict):
     latents: str  # raw, before shift and scale: the posterior's "mean", a "sample" of it drawn by
     # (seed, key), or its "moments": mean and log variance, (2 channels, side, side)
     small: str = "reject"  # or "upscale": what became of pictures below the resolution
-    dtype: str  # of the stored array (channels, side, side)
+    dtype: str  # of the stored array
     samples: int = 0
     splits: dict[str, int] = {}
     shards: int = 0
+
+    def shape(self) -> tuple[int, int, int]:
+        """Of a stored array: (channels, side, side), moments twice as deep."""
+        side = self.resolution // self.vae.downsample
+        return self.vae.channels * (2 if self.latents == "moments" else 1), side, side
 
 
 class TextManifest(Strict):
@@ -101,23 +107,25 @@ def read_manifest(store: Store, group: str) -> Manifest:
 
     Raises:
         FileNotFoundError: there is none (nothing was committed there).
-        SettingError: it is of a newer schema, or broken.
+        NewerSchema: it was written by a newer version of this package.
+        SettingError: it is damaged, or of another kind.
     """
-    record: dict[str, Any] = store.read_json(f"{group}/manifest.json")
-    where = store.url(f"{group}/manifest.json")
-    if record.get("schema_version", 0) > SCHEMA:
-        raise SettingError(
-            f"{where}: schema {record['schema_version']}, this version reads up to {SCHEMA}; "
-            "upgrade the package"
-        )
+    path = f"{group}/manifest.json"
+    data = store.read(path)
+    require_schema(store, path, data, "schema_version", SCHEMA)
     kinds: dict[str, type[Manifest]] = {
         "latents": LatentsManifest,
         "text": TextManifest,
         "official": OfficialManifest,
     }
-    if record.get("kind") not in kinds:
-        raise SettingError(f"{where}: kind {record.get('kind')!r} is none of {', '.join(kinds)}")
-    return kinds[record["kind"]].model_validate(record)
+    try:
+        record = json.loads(data)
+        if not isinstance(record, dict) or record.get("kind") not in kinds:
+            raise ValueError(f"its kind is none of {', '.join(kinds)}")
+        return kinds[record["kind"]].model_validate(record)
+    except (ValueError, TypeError) as error:
+        what = f"is no manifest ({reason(error)})"
+        raise SettingError(f"{store.url(path)} {what}; {remedy(store, path)}") from error
 
 
 def mismatches(expected: BaseModel, found: BaseModel, ignore: tuple[str, ...] = ()) -> list[str]:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, Field
 
 VALUE_DTYPES = {"uint8": 8, "int8": 9, "float16": 18, "int32": 33, "float32": 34, "int64": 65}
 
@@ -128,6 +129,22 @@ def decode_shard(
     Raises:
         ValueError: these are no bytes of an MDS shard; from the iterator where a sample is broken.
     """
+    config, offsets = read_header(data)
+    lists = [config[f"column_{part}"] for part in ("names", "encodings", "sizes")]
+    wanted = [only is None or name in only for name in lists[0]]
+    if any(w and fixed_size(e) != s for w, e, s in zip(wanted, *lists[1:], strict=True)):
+        raise ValueError("its header's column sizes do not fit their encodings")
+    view = memoryview(data)
+    pairs = itertools.pairwise(offsets)
+    return config, (_decode_sample(config, wanted, view[a:b]) for a, b in pairs)
+
+
+def read_header(data: bytes | memoryview) -> tuple[dict[str, Any], np.ndarray]:
+    """A shard's header, and where its samples begin and the last one ends: int64 (samples + 1,).
+
+    Raises:
+        ValueError: these are no bytes of an MDS shard.
+    """
     if len(data) < 8:
         raise ValueError(f"{len(data)} bytes are no MDS shard")
     count = int.from_bytes(data[:4], "little")
@@ -137,16 +154,73 @@ def decode_shard(
     offsets = np.frombuffer(data, np.uint32, count + 1, offset=4).astype(np.int64)
     if offsets[0] < start or offsets[-1] != len(data) or (np.diff(offsets) < 0).any():
         raise ValueError("its offsets do not fit its size")
-    config = json.loads(data[start : offsets[0]])
-    lists = [config.get(f"column_{part}") for part in ("names", "encodings", "sizes")]
-    if config.get("format") != "mds" or config.get("version") != 2 or None in lists:
+    try:
+        config = json.loads(bytes(data[start : offsets[0]]))
+        lists = [config[f"column_{part}"] for part in ("names", "encodings", "sizes")]
+        fits = config["format"] == "mds" and config["version"] == 2
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError("its header cannot be read") from error
+    if not fits or any(type(part) is not list or len(part) != len(lists[0]) for part in lists):
         raise ValueError("its header is not that of an MDS shard of version 2")
-    wanted = [only is None or name in only for name in lists[0]]
-    if any(w and fixed_size(e) != s for w, e, s in zip(wanted, *lists[1:], strict=True)):
-        raise ValueError("its header's column sizes do not fit their encodings")
-    view = memoryview(data)
-    pairs = itertools.pairwise(offsets)
-    return config, (_decode_sample(config, wanted, view[a:b]) for a, b in pairs)
+    return config, offsets
+
+
+def require_header(data: bytes | memoryview, entry: Mapping[str, Any]) -> None:
+    """Raises ValueError where a shard's own header is not what the index says of it."""
+    config, offsets = read_header(data)
+    if len(offsets) - 1 != entry["samples"]:
+        raise ValueError(f"holds {len(offsets) - 1} samples, the index says {entry['samples']}")
+    for key in ("column_names", "column_encodings", "column_sizes"):
+        if config[key] != entry[key]:
+            raise ValueError(f"holds {key} {config[key]}, the index says {entry[key]}")
+
+
+class _File(BaseModel):
+    basename: str
+    bytes: Annotated[int, Field(ge=0)]
+    hashes: dict[str, str]
+
+
+class _Entry(BaseModel):
+    column_encodings: list[str]
+    column_names: list[str]
+    column_sizes: list[int | None]
+    compression: str | None
+    format: Literal["mds"]
+    hashes: list[str]
+    raw_data: _File
+    samples: Annotated[int, Field(ge=1)]
+    version: Literal[2]
+    zip_data: _File | None
+
+
+class _Input(BaseModel):
+    shard: str
+    split: str
+    keys: str = ""  # older versions have none
+
+
+class _Index(BaseModel):
+    version: Literal[2]
+    shards: list[_Entry]
+    inputs: list[_Input] = []
+
+
+def parse_index(data: bytes) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The shard entries of an index, and our "inputs" beside them, empty where there are none.
+
+    Raises:
+        ValueError: it is not the index of an MDS dataset.
+    """
+    record = json.loads(data)
+    _Index.model_validate(record, strict=True)
+    for entry in record["shards"]:
+        lists = [entry[f"column_{part}"] for part in ("names", "encodings", "sizes")]
+        if len({*map(len, lists)}) > 1:
+            raise ValueError("names, encodings and sizes of a shard's columns differ in number")
+        if (entry["compression"] is None) != (entry["zip_data"] is None):
+            raise ValueError("a shard's compression does not fit its zip_data")
+    return record["shards"], record.get("inputs", [])
 
 
 def index(entries: list[bytes], inputs: list[bytes]) -> bytes:
@@ -237,6 +311,8 @@ def _decode_value(encoding: str, value: memoryview) -> Any:
     if len(args) == 2:
         shape = [int(side) for side in args[1].split(",")]
         return np.frombuffer(value, args[0]).reshape(shape)
+    if not len(value):
+        raise ValueError("an array of no bytes")
     axes, width = value[0] >> 2, 1 << (value[0] & 3)
     start = 1 + axes * width
     shape = np.frombuffer(value[1:start], f"u{width}").astype(np.int64)

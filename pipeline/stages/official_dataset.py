@@ -5,12 +5,12 @@ No state, no cache, nothing in shared memory: a shard is read whole.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from pipeline.core.commits import reason
 from pipeline.core.errors import BrokenShard, SettingError
-from pipeline.core.mds import decode_shard, unpack
+from pipeline.core.mds import decode_shard, parse_index, unpack
 from pipeline.core.store import Store
 
 
@@ -20,23 +20,17 @@ def read_index(dataset: str) -> list[dict[str, Any]]:
     Raises:
         SettingError: there is no index.json, or not that of MDS shards.
     """
-    store = Store(dataset)
     try:
-        index = json.loads(store.read("index.json"))
-        entries = index["shards"]
-        if index["version"] != 2 or not entries or {e["format"] for e in entries} != {"mds"}:
-            raise ValueError(f"version {index['version']}, {len(entries)} shards")
-        if not all({"samples", "raw_data", "zip_data"} <= entry.keys() for entry in entries):
-            raise ValueError("a shard without samples, raw_data or zip_data")
-        if any(len(e["column_names"]) != len(e["column_encodings"]) for e in entries):
-            raise ValueError("names and encodings of its columns differ in number")
+        entries, _ = parse_index(Store(dataset).read("index.json"))
+        if not entries:
+            raise ValueError("no shards")
     except FileNotFoundError:
         raise SettingError(
             f"--from {dataset}: no index.json there, so no MDS dataset (streaming's merge_index "
             "makes one of the sub-folders of an official run)"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        text = " ".join(str(error).split())
+    except ValueError as error:
+        text = reason(error)
         raise SettingError(f"--from {dataset}: index.json is not that of MDS ({text})") from error
     return entries
 
@@ -58,8 +52,8 @@ def read_rows(
             continue
         where = dataset.url(facts["basename"])
         _check_file(where, data, facts)
-        data = unpack(data, entry) if facts is entry["zip_data"] else data
         try:
+            data = unpack(data, entry) if facts is entry["zip_data"] else data
             yield from decode_shard(data, columns)[1]
         except ValueError as error:
             raise BrokenShard(f"{where}: {error}") from error

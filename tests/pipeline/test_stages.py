@@ -196,7 +196,7 @@ def test_pictures_that_were_redone_make_what_was_made_of_them_stale(downloaded):
 def test_a_tar_that_is_not_the_committed_one_is_not_read(downloaded):
     data = downloaded.read(f"{IMAGES}/00000.tar")
     downloaded.write(f"{IMAGES}/00000.tar", data[:-512])
-    with pytest.raises(BrokenShard, match=r"00000.tar differs .*pipeline verify --repair"):
+    with pytest.raises(BrokenShard, match=r"00000.tar has .*pipeline verify --repair --source"):
         encode(downloaded)
     downloaded.delete(f"{IMAGES}/00000.tar")
     with pytest.raises(BrokenShard, match=r"00000.tar is missing"):

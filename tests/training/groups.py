@@ -16,11 +16,15 @@ from pipeline.core.commits import write_shard
 from pipeline.core.groups import publish
 from pipeline.core.manifest import LatentsManifest, TextFacts, TextManifest, VaeFacts
 from pipeline.core.mds import encode_shard, stored
+from pipeline.core.published import read_index
 from pipeline.core.samples import InputShard
 from pipeline.core.store import Store, fingerprint
 from pipeline.core.tables import to_parquet
 from pipeline.core.tokens import quantise
 from pipeline.encoders import find_text, find_vae, text_facts, vae_facts
+from training.cache import Cache
+from training.shard_files import ShardFiles
+from training.text import TextGroup
 
 SPLITS = ("train", "train", "heldout")  # of input shards 00000, 00001, 00002
 
@@ -159,6 +163,13 @@ def settings(root: Path, encoders: Encoders, folder: Path) -> dict[str, Any]:
             "full": {"steps": 7, "schedule": "cosine", "clip": 0.5, "keep_moments": True},
         },
     }
+
+
+def open_text(root: Path, group: str) -> TextGroup:
+    """A text group as the trainer reads it."""
+    store = Store(root)
+    files = ShardFiles(store, group, read_index(store, group), Cache(root / "cache"))
+    return TextGroup(files, "`make it`")
 
 
 def changed(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pkgutil
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
+from training.masking import MASKS
 
 SMALL = DiTConfig(
     input_size=8,
@@ -43,3 +48,13 @@ def inputs(config: DiTConfig = SMALL, batch: int = 3, rows: int = 7) -> tuple[Te
     c_noise = torch.randn(batch, generator=generator, dtype=torch.float64) / 4
     y = torch.randn(batch, rows, config.caption_width, generator=generator, dtype=torch.float64)
     return x, c_noise, y
+
+
+def scheme_settings(name: str) -> dict[str, Any]:
+    """Settings of a masking scheme that fit a small network: its own examples."""
+    if name == "tread":
+        return {"tread_blocks": (1, 2)}
+    fields = dataclasses.fields(pkgutil.resolve_name(MASKS[name]))
+    return {
+        field.name: field.metadata["example"] for field in fields if "example" in field.metadata
+    }

@@ -22,9 +22,10 @@ from training.settings import Config, Model
 from training.stage_settings import NOISE
 
 ROOT = Path(__file__).parents[2]
+TUNING = sorted(ROOT.glob("yamls/tune*.yaml"))
 
-
-RUNS = sorted([*ROOT.glob("yamls/*.yaml"), *ROOT.glob("yamls/ablations/*.yaml")])
+# Those that start from weights: tests/training/test_init_from.py.
+RUNS = sorted({*ROOT.glob("yamls/*.yaml"), *ROOT.glob("yamls/ablations/*.yaml")} - set(TUNING))
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)

@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.training.networks import scheme_settings
 from training.dit import MicroDiT
 from training.dit_config import MODELS, DiTConfig
 from training.flops import flops_per_image, num_parameters
@@ -25,9 +26,6 @@ SMALL = DiTConfig(
     num_experts=4,
     caption_width=40,
 )
-
-
-SETTINGS = {"block": {"mask_block": 2}, "tread": {"tread_blocks": (1, 3)}}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +48,7 @@ SETTINGS = {"block": {"mask_block": 2}, "tread": {"tread_blocks": (1, 3)}}
 def test_equals_the_flop_counter(
     name: str, ratio: float, text_tokens: int, change: dict[str, Any]
 ) -> None:
-    config, scheme = dataclasses.replace(SMALL, **change), make_scheme(name, SETTINGS.get(name))
+    config, scheme = dataclasses.replace(SMALL, **change), make_scheme(name, scheme_settings(name))
     model = MicroDiT(config)
     mask = scheme.draw(torch.rand(1, 64), ratio)
     x, y = torch.randn(1, 4, 16, 16), torch.randn(1, text_tokens, 40)

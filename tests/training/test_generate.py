@@ -18,9 +18,10 @@ from tests.training.groups import SHIPPED
 from training import weights
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
-from training.generate import Painter, main, read_prompts
+from training.generate import Painter, main
 from training.objectives.edm import EDM
 from training.objectives.flow import Flow
+from training.options import read_prompts
 from training.sheet import contact_sheet
 
 PROMPTS = ["avocado on a blue background", "rocket", "rocket"]
@@ -190,31 +191,87 @@ def test_unusable_checkpoints(
     save_file(
         tensors, path, {weights.METADATA_KEY: json.dumps(record | {"objective": {"name": "x"}})}
     )
-    assert "broken passport (objective: Value error, name x: known are edm, flow" in answer()
+    assert "broken passport (objective: name x: known are edm, flow" in answer()
     record["model"]["depth"] = 5
     save_file(tensors, path, {weights.METADATA_KEY: json.dumps(record)})
-    assert "Missing key(s)" in answer()
+    assert "not its passport's network: blocks.1.mlp.w1 is" in answer()
 
 
 def test_prompts_from_files_and_arguments(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text("a cat\n\n a dog \n")
-    assert read_prompts([str(file), "a fox"]) == ["a cat", "a dog", "a fox"]
-    assert read_prompts(["x" * 5000]) == ["x" * 5000]  # too long to be a file's name
-    file.write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(SettingError, match="cannot be read as text"):
-        read_prompts([str(file)])
-    with pytest.raises(SettingError, match="give texts"):
-        read_prompts([" "])
+    file.write_bytes("\ufeffa cat\r\n\n a dog \nsun\u2028set".encode())
+    assert read_prompts([str(file), "a fox"]) == ["a cat", "a dog", "sun\u2028set", "a fox"]
+    for prompt in ("x" * 5000, "a cat/dog, 50 mm f/1.8", "It ends. Here.", "U.S.A.", "v1.5"):
+        assert read_prompts([prompt]) == [prompt]
 
 
-@pytest.mark.parametrize(("option", "value"), [("--steps", "0"), ("--batch-size", "-1")])
-def test_numbers_out_of_range(
-    checkpoint: Path, capsys: pytest.CaptureFixture, option: str, value: str
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("{folder}/bytes.txt", "cannot be read as text"),
+        ("{folder}/", "cannot be read as text"),
+        ("{folder}/promts.txt", 'no such file; did you mean "{folder}/prompts.txt"?'),
+        ("{folder}/promts", 'no such file; did you mean "{folder}/prompts.txt"?'),
+        ("promts.txt", "promts.txt: no such file"),
+        ("my list.csv", "my list.csv: no such file"),
+        (" ", "one of them is empty"),
+        ("a \udcff fox", r"a \udcff fox: is no UTF-8 text"),
+        ("{folder}/empty.txt", "give texts, or a file with one a line"),
+    ],
+)
+def test_prompts_that_are_none(tmp_path: Path, argument: str, message: str) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(SettingError) as error:
+        read_prompts([argument.format(folder=tmp_path)])
+    assert message.format(folder=tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--steps", "0", "--steps 0: use 1 or more"),
+        ("--batch-size", "-1", "--batch-size -1: use 1 or more"),
+        ("--guidance", "nan", "--guidance nan: give a number of 0 or more"),
+        ("--guidance", "inf", "--guidance inf: give a number of 0 or more"),
+        ("--guidance", "-1", "--guidance -1.0: give a number of 0 or more"),
+        ("--guidance", "1e30", "--guidance 1e+30: the latents of pictures 0 to 0 are no numbers"),
+        ("--device", "cuda:99", "--device cuda:99: cannot be used here"),
+        ("--device", "meta", "--device meta: cannot be used here"),
+        ("--device", "gpu", "--device gpu: cannot be used here"),
+        ("--out", __file__, f"--out {__file__}: {__file__} is a file"),
+        ("--out", f"{__file__}/under", f"{__file__} is a file"),
+        ("--out", "o" * 300, "cannot be a folder"),
+    ],
+)
+def test_arguments_that_cannot_be_used(
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    option: str,
+    value: str,
+    message: str,
 ) -> None:
-    arguments = ["--checkpoint", str(checkpoint), "--out", "o", "--prompts", "p", option, value]
-    assert main(arguments) == 2
-    assert f"{option} {value}: use 1 or more" in capsys.readouterr().err
+    out = tmp_path / "out"
+    arguments = ["--checkpoint", str(checkpoint), "--out", str(out), "--prompts", "a fox"]
+    assert main([*arguments, "--steps", "2", f"{option}={value}"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_written(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """It was there when the command began; then a folder has the sheet's name."""
+    (tmp_path / "sheet.png").mkdir()
+    arguments = ["--checkpoint", str(checkpoint), "--out", str(tmp_path), "--prompts", "a fox"]
+    assert main([*arguments, "--steps", "1"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert f"cannot write {tmp_path}" in lines[0]
 
 
 def test_sheet_shows_pairs_with_captions() -> None:

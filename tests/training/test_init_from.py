@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,14 @@ from composer import Callback, Logger, State
 from safetensors.torch import load_file, save_file
 
 from pipeline.core.errors import SettingError
-from tests.training.groups import Encoders, make_encoders, make_source, settings
+from tests.training.groups import Encoders, changed, make_encoders, make_source, settings
 from tests.training.test_official import Evil
 from training import assemble, folder, weights
-from training.config import resolve
-from training.preflight import Plan, check
+from training.config import load, resolve
+from training.dit_config import MODELS
+from training.objectives.edm import EDM
+from training.objectives.flow import Flow
+from training.preflight import Plan, check, network_config
 from training.train import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
@@ -165,5 +170,112 @@ def test_files_that_are_no_weights(
     save_file(load_file(trained / "model.safetensors"), start)
     assert "no passport in it" in answer()
     save_file({}, start, {weights.METADATA_KEY: "{}"})
-    assert "broken passport (vae is missing)" in answer()
+    assert "broken passport (run is missing)" in answer()
+    passport = weights.read_passport(trained / "model.safetensors")
+    tensors = load_file(trained / "model.safetensors")
+    tensors["pos_embed"][0, 0, 0] = float("nan")
+    weights.write(start, tensors, passport)
+    assert "values of pos_embed are NaN or infinite" in answer()
+    weights.write(start, tensors | {"more": torch.zeros(1)}, passport)
+    assert "more is (1,), expected missing" in answer()
     assert not (tmp_path / "run").exists()
+
+
+def without(raw: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """Settings that do not say these of `data`, nor anything of the network."""
+    data = {key: value for key, value in raw["data"].items() if key not in keys}
+    return {key: value for key, value in raw.items() if key != "model"} | {"data": data}
+
+
+def test_what_is_not_said_is_the_weights_own(
+    data: dict[str, Any], trained: Path, tmp_path: Path
+) -> None:
+    start: dict[str, Any] = {"init_from": str(trained)}
+    said = resolve({**data, **start})
+    raw = without(data, "vae", "text_encoder", "text") | start
+    assert resolve(raw) == said
+    taken_back: dict[str, Any] = {"vae": None, "text_encoder": None, "text": None}
+    assert resolve(raw | {"model": {"arch": None}, "data": raw["data"] | taken_back}) == said
+    assert check(resolve(raw)).data.keys() == {"full"}
+    with pytest.raises(SettingError, match=r"data.vae: missing(.|\n)*model: missing"):
+        resolve(without(data, "vae"))
+
+    passport = weights.read_passport(trained / "model.safetensors")
+    fields = {"in_channels": 4, "caption_width": 16, "caption_length": 12, "input_size": 8}
+    for network, model in (
+        (MODELS["MicroDiT_XL_2"], {"arch": "MicroDiT_XL_2"}),
+        (replace(MODELS["MicroDiT_XL_2"], depth=4), {"arch": "custom", "depth": 4, "width": 1024}),
+    ):
+        own = {
+            "model": asdict(replace(network, **fields)),
+            "objective": {"name": "flow", **asdict(Flow())},
+        }
+        flow = passport.model_copy(update=own)
+        weights.write(tmp_path / "start", {"x": torch.ones(1)}, flow)
+        config = resolve(raw | {"init_from": str(tmp_path / "start")})
+        assert model.items() <= config.model.model_dump().items()
+        assert (config.objective, config.edm) == ("flow", None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model", {"arch": "MicroDiT_Tiny_2"}, "another architecture (width: 32, this run's 512)"),
+        ("model", {"depth": 3}, "another architecture (depth: 2, this run's 3)"),
+        ("data.vae", "ostris16", "channels: expected 16, found 4"),
+        ("data.text_encoder", "dfn5b-h14", "width: expected 1024, found 16"),
+        ("data.text", "full", "data.text=full: init_from="),
+        ("objective", "flow", "objective=flow: init_from="),
+        ("edm.sigma_data", 0.5, "edm.sigma_data=0.5: init_from="),
+    ],
+)
+def test_what_is_said_and_differs_is_found_before_data(
+    data: dict[str, Any], trained: Path, tmp_path: Path, key: str, value: Any, message: str
+) -> None:
+    raw = changed(without(data, "vae", "text_encoder", "text"), "data.root", str(tmp_path / "none"))
+    raw["init_from"] = str(trained)
+    with pytest.raises(SettingError, match=re.escape(message)):
+        check(resolve(changed(raw, key, value)))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("tune", ["1b.yaml", "data.text=full", "stage=512-full"]),  # what was released
+        ("tune-demo", ["demo.yaml", "stage=full"]),
+    ],
+)
+def test_shipped_settings_say_nothing_that_the_weights_say(
+    tmp_path: Path, name: str, arguments: list[str]
+) -> None:
+    yamls = Path(__file__).parents[2] / "yamls"
+    file, *changes = arguments
+    own = check(load([str(yamls / file), *changes, "data.root=/nowhere"]), need_data=False)
+    stage = own.config.stages[own.config.stage]
+    network = network_config(own, stage)
+    passport = weights.Passport(
+        run="x",
+        stage=own.config.stage,
+        step=stage.steps,
+        weights="live",
+        ema=None,
+        model=asdict(network),
+        objective={"name": "edm", **asdict(EDM())},
+        resolution=stage.resolution,
+        vae=own.vae,
+        text_encoder=own.text,
+        text=own.config.data.text,
+        captions="alt",
+        latents_manifests={},
+        text_manifests={},
+        attribution=[],
+        config={},
+    )
+    weights.write(tmp_path / "start", {"x": torch.ones(1)}, passport)
+    start = [f"init_from={tmp_path / 'start'}", "data.root=/nowhere"]
+    plan = check(load([str(yamls / f"{name}.yaml"), *start]), need_data=False)
+    assert plan.config.name == name
+    assert (plan.config.data.vae, plan.config.data.text) == (own.vae.name, own.config.data.text)
+    first = next(iter(plan.config.stages.values()))
+    assert network_config(plan, first) == network
+    assert network.pos_interp_scale == (2.0 if name == "tune" else 1.0)

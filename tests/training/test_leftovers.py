@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.errors import SettingError
 from tests.training.groups import make_encoders, make_source, settings
 from training import leftovers
 from training.config import resolve
@@ -181,23 +180,6 @@ def test_a_lock_that_was_taken_away_is_taken_again(
     assert left(tmp_path) == {f"{run}00007_lock"}
     start.release()
     assert not left(tmp_path)
-
-
-def test_a_cache_that_another_training_fills(
-    raw: dict[str, Any], tmp_path: Path, started: list[subprocess.Popen]
-) -> None:
-    root = tmp_path / "packed"
-    encoders = make_encoders(tmp_path / "encoders")
-    make_source(root, encoders, compression="zstd")
-    raw = settings(root, encoders, tmp_path / "run")
-    raw["data"]["cache"] = str(tmp_path / "cache")
-    process = reader(raw, tmp_path / "one", started, "stay")
-    plan = check(resolve(raw | {"folder": str(tmp_path / "two")}))
-    with pytest.raises(SettingError, match=r"another training copies its shards .* data.cache"):
-        make_dataset(plan, "masked")
-    kill(process)
-    assert make_dataset(plan, "masked").size == 40
-    remove_dead(run_number(tmp_path / "one"))
 
 
 def test_the_librarys_names_come_back(tmp_path: Path) -> None:

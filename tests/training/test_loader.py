@@ -22,11 +22,12 @@ from pipeline.core.errors import SettingError
 from pipeline.core.latents import to_model
 from pipeline.core.manifest import VaeFacts
 from pipeline.core.store import Store
-from tests.training.groups import Encoders, make_source, settings
-from training import scores, text
+from tests.training.groups import Encoders, make_source, open_text, settings
+from training import scores, shard_files, text
 from training.buffers import Pool
 from training.config import resolve
 from training.loader import LatentText, Sample, collate, global_rows, make_dataset, make_loader
+from training.mapped import Maps
 from training.preflight import Plan, check
 from training.randomness import Rows
 from training.text import TextGroup
@@ -134,8 +135,7 @@ def test_join_is_by_key(root: Path, encoders: Encoders) -> None:
 def text_group(
     root: Path, encoders: Encoders, name: str = "toy", mode: str = "trimmed"
 ) -> TextGroup:
-    group = layout.text_group(name, encoders.text, "alt", mode)
-    return TextGroup(Store(root), group, root / "cache", "`make it`")
+    return open_text(root, layout.text_group(name, encoders.text, "alt", mode))
 
 
 def test_text_equals_the_librarys_reader(root: Path, encoders: Encoders) -> None:
@@ -154,25 +154,15 @@ def test_open_text_shards_are_bounded(
     root: Path, encoders: Encoders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text, "OPEN_SHARDS", 1)
+    maps = Maps(1)
+    monkeypatch.setattr(shard_files, "_maps", maps)
     group = text_group(root, encoders)
     for _ in range(2):
         for shard in ("00000", "00001"):
             assert group.read(shard, f"{shard}0003").text == f"caption 3 of {shard}"
-    assert group._open.cache_info().currsize == 1
+    assert group._open.cache_info().currsize == len(maps) == 1
     again = pickle.loads(pickle.dumps(group))
     assert again.read("00000", "000000000").text == "caption 0 of 00000"
-
-
-def test_text_of_a_remote_root_is_copied_once(
-    root: Path, encoders: Encoders, tmp_path: Path
-) -> None:
-    store = Store(root)
-    store.local = False  # a root whose files have to be fetched
-    group = layout.text_group("toy", encoders.text, "alt", "trimmed")
-    reader = TextGroup(store, group, tmp_path, "`make it`")
-    assert reader.read("00001", "000010004").text == "caption 4 of 00001"
-    copied = sorted(path.suffix for path in (tmp_path / group).iterdir())
-    assert copied == [".mds", ".parquet"]
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])

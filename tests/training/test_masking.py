@@ -3,7 +3,10 @@ inverse."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -11,19 +14,20 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from training.dit_config import DiTConfig
+from tests.training.networks import scheme_settings
+from training.config import load
+from training.dit_config import MODELS, DiTConfig
 from training.masking import MASKS
 from training.masking.block import Block
 from training.masking.deferred import Deferred
 from training.masking.kept import kept_tokens
 from training.masking.ratio import RatioSchedule, ratio_at, ratio_steps
 from training.masking.scheme import Scheme, make_scheme
-
-SETTINGS = {"block": {"mask_block": 2}, "tread": {"tread_blocks": (1, 2)}}
+from training.masking.tread import Tread
 
 
 def scheme_of(name: str) -> Scheme:
-    return make_scheme(name, SETTINGS.get(name))
+    return make_scheme(name, scheme_settings(name))
 
 
 MASKING = sorted(MASKS.keys() - {"none"})
@@ -112,7 +116,7 @@ def test_kept_count_is_exact(name: str, side: int, hundredths: int, seed: int) -
 
 
 @pytest.mark.parametrize("b", [2, 4, 8])
-def test_cells_are_kept_or_dropped_whole(b: int) -> None:
+def test_cells_are_kept_or_dropped_whole(b: Literal[2, 4, 8]) -> None:
     numbers = noise(6, 256)
     mask = Block(mask_block=b).draw(numbers, 0.75)
     assert mask is not None
@@ -294,3 +298,65 @@ def test_steps_by_ratio_are_counted_exactly(
 def test_a_number_is_a_schedule_of_one_level() -> None:
     assert ratio_at(0.5, 17) == 0.5
     assert ratio_steps(0.5, 100) == {0.5: 100}
+
+
+NEW_SCHEME = """
+from dataclasses import dataclass, field
+from typing import Literal
+from training.masking.scheme import Scheme
+
+@dataclass(frozen=True)
+class Rows(Scheme):
+    rows_kept: int = field(metadata={"example": 3})
+    rows_order: Literal["up", "down"] = "up"
+"""
+USE = """
+import sys
+from training.masking import MASKS
+MASKS["rows"] = "rows:Rows"
+from pipeline.core.errors import SettingError
+from training.config import resolve
+from training.stage_settings import Stage
+stage = {"steps": 9, "resolution": 64, "batch_size": 8, "lr": 1e-3, "mask": "rows"}
+found = Stage(**stage, rows_kept=3)
+print(found.scheme(), found.rows_order)
+for change in ({}, {"rows_kept": "3"}, {"rows_kept": 3, "rows_ordr": "up"}, {"mask_block": 2}):
+    raw = {"name": "x", "data": {"sources": ["s"], "vae": "v", "text_encoder": "t"}}
+    raw |= {"model": {"arch": "custom"}, "stages": {"one": stage | change}}
+    try:
+        resolve(raw)
+    except SettingError as error:
+        print(error)
+assert "torch" not in sys.modules
+"""
+
+
+def test_a_scheme_with_settings_is_a_file_and_a_line(tmp_path: Path) -> None:
+    """Its settings are a stage's, of its types, without a word elsewhere."""
+    (tmp_path / "rows.py").write_text(NEW_SCHEME)
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-c", USE],
+        env={"PYTHONPATH": f"{root}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.splitlines() == [
+        "Rows(rows_kept=3, rows_order='up') None",
+        "stages.one: mask rows without rows_kept: give one, e.g. rows_kept: 3",
+        "stages.one.rows_kept='3': input should be a valid integer",
+        'stages.one.rows_ordr: unknown key; did you mean "rows_order"?',
+        "stages.one: mask_block 2 with mask rows, which has no use for it: remove it",
+    ]
+
+
+def test_the_published_codes_route() -> None:
+    """TREAD's rule for B blocks is 2 to B - 4, both included: three blocks after it are dense."""
+    root = Path(__file__).parents[2]
+    tiny = load([str(root / "yamls/ablations/tread.yaml")])
+    depth = MODELS["MicroDiT_Tiny_2"].depth
+    assert tiny.stages["256-masked"].scheme() == Tread((2, depth - 4))
+    with pytest.raises(ValueError, match=r"give one, e\.g\. tread_blocks: \[2, 24\]$"):
+        make_scheme("tread")
+    assert MODELS["MicroDiT_XL_2"].depth - 4 == 24

@@ -125,6 +125,9 @@ def test_round_trip_is_exact(
     assert network(x, c_noise, y).dtype == torch.float32
     assert main(["export", str(out), "--to", "official", "--out", str(back)]) == 0
     found = torch.load(back, weights_only=True)
+    # In the order of registration, as in the official files; a safetensors file has its own.
+    assert list(found) == list(network.state_dict())
+    assert list(found) != list(load_file(out / "model.safetensors"))
     assert found.keys() == state.keys()
     for name, value in state.items():
         assert found[name].dtype == dtype
@@ -244,6 +247,10 @@ def test_exports_name_their_ending(tmp_path: Path, capsys: pytest.CaptureFixture
         capsys, "export", str(tmp_path / "in"), "--to", "official", "--out", str(tmp_path)
     )
     assert "give a file that ends in .pt" in answer
+    target = tmp_path / "in.pt/under.pt"
+    assert "in.pt is a file; name a folder" in refused(
+        capsys, "export", str(tmp_path / "in"), "--to", "official", "--out", str(target)
+    )
     assert "no file" in refused(
         capsys, "export", str(tmp_path / "none"), "--to", "official", "--out", "x.pt"
     )

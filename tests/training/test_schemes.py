@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tests.training.networks import SMALL, random_model
+from tests.training.networks import SMALL, random_model, scheme_settings
 from training.decoder import DecoderBlock
 from training.dit import MicroDiT, Text
 from training.masking import MASKS
@@ -32,7 +32,6 @@ from training.recompute import Normed
 from training.sampler import sample
 
 Array = NDArray[Any]
-SETTINGS = {"block": {"mask_block": 2}, "tread": {"tread_blocks": (1, 2)}}
 SIZES = {
     "naive": {"mixer_depth": 0},
     "maskdit": {"mixer_depth": 0, "decoder_width": 32, "decoder_depth": 2},
@@ -58,7 +57,7 @@ def batch_of(size: int = BATCH) -> dict[str, Tensor]:
 def model_of(network: MicroDiT, name: str, ratio: float | RatioSchedule = RATIO) -> DiffusionModel:
     objective = Objective(
         denoiser=EDM(),
-        mask=make_scheme(name, SETTINGS.get(name)),
+        mask=make_scheme(name, scheme_settings(name)),
         mask_ratio=ratio,
         caption_drop=0.0,
         seed=0,
@@ -231,7 +230,7 @@ def test_loss_counts_the_patches_that_are_not_dropped(name: str) -> None:
     """A prediction that changes in one patch changes the loss only if the patch counts; in a
     dropped one it changes MaskDiT's loss by its reconstruction."""
     batch, draws = batch_of(), draws_of()
-    scheme = make_scheme(name, SETTINGS.get(name))
+    scheme = make_scheme(name, scheme_settings(name))
     mask = scheme.draw(draws.mask, RATIO)
     assert mask is not None
 
@@ -302,7 +301,7 @@ def test_dropped_patches_are_never_seen(name: str) -> None:
 def test_routed_tokens_are_seen_by_the_blocks_around() -> None:
     """No patch is without influence, and every patch has an output."""
     net, batch, draws = network_of("tread", mixer_depth=0), batch_of(), draws_of()
-    mask = make_scheme("tread", SETTINGS["tread"]).draw(draws.mask, RATIO)
+    mask = make_scheme("tread", scheme_settings("tread")).draw(draws.mask, RATIO)
     level = torch.zeros(BATCH, dtype=torch.float64)
     out = net(batch["latents"], level, batch["y"], mask=mask)
     assert (out != 0).all()

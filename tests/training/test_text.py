@@ -10,16 +10,14 @@ import pytest
 from streaming import LocalDataset
 
 from pipeline.core import layout
-from pipeline.core.errors import SettingError
+from pipeline.core.errors import BrokenShard, SettingError
 from pipeline.core.mds import encode_shard
-from pipeline.core.store import Store
 from pipeline.core.tokens import dequantise
-from tests.training.groups import Encoders, make_encoders, make_source, settings
+from tests.training.groups import Encoders, make_encoders, make_source, open_text, settings
 from training.config import resolve
 from training.estimate import report
 from training.loader import make_dataset, make_loader
 from training.preflight import Plan, check
-from training.text import TextGroup
 
 WIDTH = 100  # not a whole number of blocks of 64
 
@@ -53,8 +51,7 @@ def test_both_types_hold_the_same_captions(
     root: Path, encoders: Encoders, name: str, mode: str
 ) -> None:
     exact, rounded = (
-        TextGroup(Store(root), group_of(encoders, name, mode, dtype), root / "cache", "`make it`")
-        for dtype in ("float16", "int8")
+        open_text(root, group_of(encoders, name, mode, dtype)) for dtype in ("float16", "int8")
     )
     stored = LocalDataset(str(root / group_of(encoders, name, mode, "int8")))
     for place in range(len(stored)):
@@ -130,8 +127,12 @@ def test_a_shard_of_something_else_is_named(tmp_path: Path, encoders: Encoders) 
     group = group_of(encoders, "toy", "trimmed", "float16")
     entry = store.read_json(f"{group}/index.json")["shards"][0]
     name = entry["raw_data"]["basename"]
-    other, _ = encode_shard({"key": "str"}, [{"key": "x"}], name)
+    other, entry = encode_shard({"key": "str"}, [{"key": "x"}], name)
     (tmp_path / group / name).write_bytes(other)
-    reader = TextGroup(store, group, tmp_path / "cache", "`make it`")
+    with pytest.raises(BrokenShard, match=f"{name} has {len(other)} bytes, the index says"):
+        open_text(tmp_path, group).read("00000", "000000000")
+    index = store.read_json(f"{group}/index.json")
+    index["shards"][0] = entry
+    store.write_json(f"{group}/index.json", index)
     with pytest.raises(SettingError, match=f"{name}: holds .*no captions with their token vectors"):
-        reader.read("00000", "000000000")
+        open_text(tmp_path, group).read("00000", "000000000")

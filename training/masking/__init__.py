@@ -1,8 +1,8 @@
 """WHICH patches the network sees, and where. One file a scheme, one line a scheme in this table.
 
-A scheme is a frozen dataclass, see `training.masking.scheme.Scheme`; its fields are settings of a
-stage, of the same names. No scheme imports torch before it draws a mask, so that settings can be
-checked without it.
+A scheme is a frozen dataclass, see `training.masking.scheme.Scheme`; its fields become settings of
+a stage by themselves, of the same names and types. No scheme imports torch before it draws a mask,
+so that settings can be checked without it.
 """
 
 MASKS: dict[str, str] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from training.masking.kept import kept_tokens
 from training.masking.scheme import Scheme
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Block(Scheme):
     """Tokens are dropped after the patch-mixer in whole cells of b x b neighbours."""
 
-    mask_block: int = field(metadata={"example": 2})
-    """b, a divisor of the grid's side."""
+    mask_block: Literal[2, 4, 8] = field(metadata={"example": 2})
+    """b, the cells' side in patches: a divisor of the grid's side."""
 
     def kept(self, tokens: int, ratio: float) -> int:
         """Tokens in floor(cells * (1 - ratio)) cells.

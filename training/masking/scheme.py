@@ -6,7 +6,7 @@ import dataclasses
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pipeline.core.errors import nearest
 from training.masking import MASKS
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class Scheme:
     """A masking scheme with its settings: what differs from deferred masking of single tokens.
 
-    A field of a scheme is a stage's setting, and has an "example" in its metadata.
+    A field of a scheme is a stage's setting of that name and type. One without a default has an
+    "example" in its metadata, and has to be given.
     """
 
     @property
@@ -70,6 +71,22 @@ class Scheme:
         return keep_smallest(noise, self.kept(noise.shape[1], ratio), self.skips)
 
 
+def stage_settings() -> dict[str, Any]:
+    """Setting -> its type, of all schemes of the table: what a stage may say beside `mask`.
+
+    Raises:
+        TypeError: two schemes have a setting of the same name and of different types.
+    """
+    types: dict[str, Any] = {}
+    for path in MASKS.values():
+        kind = pkgutil.resolve_name(path)
+        hints = get_type_hints(kind, include_extras=True)
+        for field in dataclasses.fields(kind):
+            if types.setdefault(field.name, hints[field.name]) != hints[field.name]:
+                raise TypeError(f"{path}: {field.name} has another type in another scheme")
+    return types
+
+
 def make_scheme(name: str, settings: Mapping[str, Any] | None = None) -> Scheme:
     """The scheme of that name with its settings; those that are None count as not given.
 
@@ -80,11 +97,13 @@ def make_scheme(name: str, settings: Mapping[str, Any] | None = None) -> Scheme:
         raise ValueError(f"mask {name}: unknown{nearest(name, MASKS)}; known: {', '.join(MASKS)}")
     kind = pkgutil.resolve_name(MASKS[name])
     given = {key: value for key, value in (settings or {}).items() if value is not None}
-    wanted = {field.name: field.metadata["example"] for field in dataclasses.fields(kind)}
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     for key, value in given.items():
-        if key not in wanted:
+        if key not in fields:
             raise ValueError(f"{key} {value} with mask {name}, which has no use for it: remove it")
-    for key, example in wanted.items():
-        if key not in given:
+    for key, field in fields.items():
+        if key not in given and field.default is dataclasses.MISSING:
+            example = field.metadata["example"]
+            example = list(example) if isinstance(example, tuple) else example  # as YAML has it
             raise ValueError(f"mask {name} without {key}: give one, e.g. {key}: {example}")
     return kind(**given)

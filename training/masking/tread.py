@@ -19,9 +19,10 @@ class Tread(Scheme):
     Every patch has an output and counts in the loss. Adds no parameters.
     """
 
-    tread_blocks: tuple[int, int] = field(metadata={"example": "[2, 23]"})
-    """First and last backbone block that routed tokens bypass, counted from 0. The paper leaves the
-    first two and the last four of its 28 blocks to all tokens: (2, 23)."""
+    tread_blocks: tuple[int, int] = field(metadata={"example": (2, 24)})
+    """First and last backbone block that routed tokens bypass, both included, counted from 0. The
+    published code's rule, from block 2 to block depth - 4, is (2, 24) for 28 blocks: the first two
+    and the last three see all tokens."""
 
     def __post_init__(self) -> None:
         first, last = self.tread_blocks
