@@ -60,8 +60,9 @@ def main(arguments: list[str]) -> int:
             parallel.check(config)
         if ranks.first():
             folder.link_last(plan)
-        if folder.unfinished(plan) or config.checkpoint.remote:
-            shared_memory.require(plan)
+        left = folder.unfinished(plan)
+        if left or config.checkpoint.remote:
+            shared_memory.require(plan, left)
             _quiet_imports()
             from training.assemble import run
             from training.stopping import EXIT_CODE, Terminated

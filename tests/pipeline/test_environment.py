@@ -288,3 +288,12 @@ def test_a_disk_that_fails_is_still_an_error(
     monkeypatch.setattr(os, "link", failing)
     with pytest.raises(OSError, match="Input/output"):
         disk.second_name(tmp_path, tmp_path / "b")
+
+
+def test_what_a_terminal_cannot_show_is_no_error() -> None:
+    program = (
+        "from pipeline.core.streams import survive_readers; survive_readers(); "
+        "print('3 · \\udcfc.jpg')"
+    )
+    found = run(program, env={"PYTHONIOENCODING": "ascii"})
+    assert (found.returncode, found.stdout) == (0, "3 \\xb7 \\udcfc.jpg\n")
