@@ -16,9 +16,8 @@ if sys.path and os.path.basename(sys.path[0]) == "training":
     # modules of the same name. Its parent is what belongs there.
     sys.path[0] = os.path.dirname(sys.path[0])
 
+from pipeline.core import program
 from pipeline.core.errors import BrokenShard, SettingError, StorageError
-from pipeline.core.limits import raise_open_files
-from pipeline.core.streams import survive_readers
 from pipeline.core.temporary import shorten_sockets
 from training import folder, ranks, shared_memory
 from training.config import load
@@ -34,7 +33,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2
-    survive_readers()
+    program.begin()
     share_cores()
     try:
         ranks.settle()
@@ -43,7 +42,6 @@ def main(arguments: list[str]) -> int:
         return 2
     running = False
     try:
-        raise_open_files()
         shorten_sockets()
         config = load(arguments)
         plan = check(config, need_data=not config.dry_run)
