@@ -10,12 +10,14 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from captioning.answer import answer as caption_in
 from captioning.prompts import Prompt, find_prompts
+from pipeline.core import images
 
 
 class BadSetting(ValueError):
@@ -36,7 +38,8 @@ class Picture:
 
     key: str  # with the seed, all that a caption's noise depends on
     open: Callable[[], Image.Image]  # upright RGB; any thread may call it; raises BadPicture
-    data: bytes | None = None  # the encoded file, where there is one, e.g. a JPEG
+    #: The encoded file, e.g. a JPEG, where any reader sees in it what `open` gives.
+    data: bytes | None = None
     size: tuple[int, int] | None = None  # width, height, where they are known: a hint for planning
 
 
@@ -221,7 +224,7 @@ class Captioner(ABC):
             answer = answers[key]
             if isinstance(answer, Failure):
                 raise BadPicture(answer.reason, f"picture {key}: {answer.detail}")
-            captions += answer
+            captions += [replace(caption, text=caption_in(caption.text)) for caption in answer]
         return captions
 
 
@@ -229,15 +232,8 @@ def _opened(image: Image.Image, lock: threading.Lock) -> Callable[[], Image.Imag
     def opened() -> Image.Image:
         try:
             with lock:
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-            if not upright.has_transparency_data:
-                return upright.convert("RGB")
-            layer = upright.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert(
-                "RGB"
-            )
-        except Exception as error:  # whatever Pillow's decoders make of a file
-            raise BadPicture("undecodable", f"{type(error).__name__}: {error}") from error
+                return images.upright(image)
+        except images.BadPicture as error:
+            raise BadPicture(error.reason, str(error)) from error
 
     return opened

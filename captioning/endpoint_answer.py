@@ -137,8 +137,12 @@ def _first_choice(answer: dict[str, Any]) -> dict[str, Any] | None:
 def _content(content: Any) -> str:
     """A text, or a list of parts of which some are text; None where there is none."""
     if isinstance(content, list):
-        return "".join(_content(p.get("text")) for p in content if isinstance(p, dict))
+        said = (p for p in content if isinstance(p, dict) and p.get("type") not in _THOUGHTS)
+        return "".join(_content(part.get("text")) for part in said)
     return _string(content) or ""
+
+
+_THOUGHTS = ("thinking", "reasoning")  # types of parts that are no answer
 
 
 def _sound(text: str) -> str:

@@ -36,6 +36,50 @@ Config = Annotated[
 ]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from pipeline.core.version import version_line
+
+        print(version_line())
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Say which, and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def sources(
+    name: Annotated[str | None, typer.Argument(help="Of which to list the settings.")] = None,
+) -> None:
+    """The kinds of sources, and what `--set KEY=VALUE` takes of one: key, default, meaning."""
+    import textwrap
+
+    from pipeline.progress import console
+    from pipeline.source_settings import about, settings
+    from pipeline.sources import SOURCES
+
+    width = console().width
+    if name is None:
+        for kind in SOURCES:
+            print(textwrap.shorten(f"{kind}: {about(kind)}", width, placeholder=" …"))
+        print("`pipeline sources NAME` lists its settings; docs/download.md has them all.")
+        return
+    print(textwrap.fill(about(name), width))
+    for key, default, meaning in settings(name):
+        print(f"\n  --set {key}={'…' if default == 'required' else default}")
+        text = f"required. {meaning}" if default == "required" else meaning
+        if text:
+            indent = " " * 6
+            print(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent))
+
+
 @app.command()
 def status(
     root: Root = None,
@@ -103,6 +147,12 @@ def verify(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; default: all CPUs.")
     ] = None,
+    dropped: Annotated[
+        bool,
+        typer.Option(
+            "--dropped", help="Only prove that nothing is left of dropped samples: exit 1 if it is."
+        ),
+    ] = False,
 ) -> None:
     """Read every committed byte again and say what is wrong: exit 1 if anything is."""
     import contextlib
@@ -118,6 +168,13 @@ def verify(
     from pipeline.verify import verify as check_all
 
     store = Store(root or default_root())
+    if dropped:
+        if repair or json_ or group is not None:
+            raise SettingError("verify --dropped: takes --root and --source, nothing else")
+        from pipeline.cli_drop import verify_dropped
+
+        verify_dropped(store, source)
+        return
     groups = select(store, source, group)
     problems: list[Problem] = []
     lines: list[str] = []
@@ -220,41 +277,46 @@ def drop(
     ] = None,
     root: Root = None,
     source: Source = None,
+    purge: Annotated[
+        bool,
+        typer.Option(
+            "--purge",
+            help="Say where dropped samples still lie (groups, pages, lists, superseded files), "
+            "and remove them there with --yes.",
+        ),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Purge without being asked.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what a purge would remove; remove nothing.")
+    ] = False,
 ) -> None:
     """Take samples out: training leaves them out from its next start.
 
-    Their bytes go when `pipeline run all --stale` makes the shards anew and `pipeline prune` frees
-    what that replaced. Exit 1 if an entry is in no shard; the others are out all the same.
+    Their bytes go with --purge, from every group of the root, or when `pipeline run all --stale`
+    makes shards anew and `pipeline prune` frees what that replaced. A purge that was interrupted
+    goes on when it is started again; a training that started before it may still read the files
+    that it replaces. Exit 1 if an entry is in no shard; the others are out all the same.
     """
+    from pipeline.cli_drop import purge_sources, take_out
     from pipeline.config import default_root
     from pipeline.core.store import Store
-    from pipeline.drop import describe, read_list
-    from pipeline.drop import drop as take_out
-    from pipeline.progress import Count
     from pipeline.status import sources_of
 
-    if (keys is None) == (urls is None):
-        raise SettingError("drop: give either --keys FILE or --urls FILE")
-    column, name = ("key", keys) if keys is not None else ("url", urls or "")
-    entries = read_list(_lines(f"--{column}s", name))
-    if not entries:
-        raise SettingError(f"--{column}s {name}: names nothing")
+    if (yes or dry_run) and not purge:
+        raise SettingError(f"drop {'--yes' if yes else '--dry-run'}: only with --purge")
+    if yes and dry_run:
+        raise SettingError("drop --purge: give either --yes or --dry-run")
+    if (keys is None) == (urls is None) and not (purge and keys is None):
+        raise SettingError("drop: give either --keys FILE or --urls FILE, or --purge alone")
     store = Store(root or default_root())
     sources = sources_of(store, source)
-    if column == "key" and len(sources) > 1:
-        raise SettingError(
-            "drop --keys: a key is unique in its source only; name it with --source, there are: "
-            + ", ".join(sources)
-        )
-    matched: set[str] = set()
-    for name in sources:
-        with Count(f"drop {name}") as count:
-            found = take_out(store, name, entries, column, count)
-        matched |= found.matched
-        print("\n".join(describe(name, found)))
-    unmatched = [entry for entry in entries if entry not in matched]
-    for entry in unmatched:
-        print(f"in no shard: {entry}")
+    unmatched = 0
+    if keys is not None or urls is not None:
+        if dry_run:
+            raise SettingError("drop --dry-run: of a purge alone, without --keys and --urls")
+        unmatched = take_out(store, sources, keys, urls)
+    if purge:
+        purge_sources(store, sources, yes, dry_run)
     if unmatched:
         raise typer.Exit(1)
 
@@ -285,14 +347,6 @@ def dedup(
     if not dry_run:
         take_out(store, found)
     print("\n".join(describe(found, sources, taken=not dry_run)))
-
-
-def _lines(option: str, name: str) -> list[str]:
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"{option} {name}: cannot be read as text ({error})") from error
-    return text.splitlines()
 
 
 def main() -> None:

@@ -145,7 +145,11 @@ def download(
         typer.Option(help="What the source is, e.g. folder, where --source is a name of yours."),
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="A source's own setting, KEY=VALUE.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A source's own setting, KEY=VALUE; `pipeline sources NAME` lists them.",
+        ),
     ] = None,
     image_size: Annotated[
         str | None,
@@ -329,6 +333,8 @@ def _run(stages: list[str], common: Common, overrides: dict[str, Any]) -> None:
     sources: list[str | None] = [common.source]
     if stages[0] != "download" and common.config is None and common.source not in SOURCES:
         sources = [*sources_of(Store(root), common.source)]
+    if sys.stderr.isatty():  # weights are hashed before there is a bar
+        print(f"run {', '.join(stages)}: reading settings", file=sys.stderr, flush=True)
     overrides = {**overrides, "max_reject_rate": common.max_reject_rate}
     configs = [load_config(name, common.config, overrides) for name in sources]
     reports: list[Report] = []
@@ -367,7 +373,8 @@ def run_stage(stage: Stage, root: str, common: Common, retry_failed: bool = Fals
     )
     if common.dry_run:
         store = Store(root)
-        print(preflight(stage, store, plan(stage, Catalog(store), choice), quota))
+        catalog = Catalog(store, functools.partial(print, file=sys.stderr))
+        print(preflight(stage, store, plan(stage, catalog, choice), quota))
         return None
     options = Options(
         workers=common.workers,

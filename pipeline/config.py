@@ -110,15 +110,12 @@ def load_config(source: str | None, path: Path | None, overrides: dict[str, Any]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
+    from pipeline.core.yaml12 import parse
 
     try:
-        record = yaml.safe_load(read_yaml_text(path)) or {}
+        record = parse(read_yaml_text(path), f"--config {path}") or {}
     except OSError as error:
         raise SettingError(f"--config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        text = " ".join(str(error).split())
-        raise SettingError(f"--config {path}: not YAML: {text}") from error
     if not isinstance(record, dict):
         raise SettingError(f"--config {path}: expected a mapping, found {type(record).__name__}")
     return record

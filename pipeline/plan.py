@@ -94,6 +94,7 @@ class Plan:
     groups: dict[str, GroupPlan] = field(default_factory=dict)
     pending: dict[str, tuple[str, ...]] = field(default_factory=dict)  # shard -> groups to make
     done: int = 0  # shards with nothing to do
+    outdated: int = 0  # shards made from other inputs, which are left as they are
     need_bytes: int = 0  # what the pending shards will take
 
     @property
@@ -125,6 +126,7 @@ def plan(stage: Stage, catalog: Catalog, choice: Choice = Choice()) -> Plan:
     for job in stage.plan(catalog):
         total += 1
         wanted = []
+        outdated_one = False
         for group, inputs in job.groups.items():
             head = catalog.heads(group).get(job.shard.id)
             found = result.groups[group]
@@ -133,6 +135,7 @@ def plan(stage: Stage, catalog: Catalog, choice: Choice = Choice()) -> Plan:
                 found.left += 1
             elif is_stale:
                 outdated.setdefault(group, {})[job.shard.id] = inputs
+                outdated_one = True
             else:
                 found.done += 1
             again = choice.retry_failed and not is_stale and _failed(head)
@@ -145,6 +148,8 @@ def plan(stage: Stage, catalog: Catalog, choice: Choice = Choice()) -> Plan:
             key = tuple(wanted)
             result.pending[job.shard.id] = names.setdefault(key, key)
             result.need_bytes += sum(_need(stage, job, g, result.groups[g]) for g in key)
+        elif outdated_one:
+            result.outdated += 1
         else:
             result.done += 1
     if choice.shards and not matched:
@@ -170,8 +175,9 @@ def preflight(stage: Stage, store: Store, todo: Plan, quota: int | None = None) 
     """
     free = store.free_bytes()
     need = todo.need_bytes
+    stale = f", {todo.outdated} stale (--stale redoes them)" if todo.outdated else ""
     text = (
-        f"{stage.name} {stage.source}: {len(todo.pending)} shards left, {todo.done} done; "
+        f"{stage.name} {stage.source}: {len(todo.pending)} shards left, {todo.done} done{stale}; "
         f"needs about {size(need)}" + ("" if free is None else f" of {size(free)} free")
     )
     if free is not None and need > free:

@@ -7,14 +7,17 @@ worker that dies costs its shard a retry.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pipeline.core import advance
 from pipeline.core.commits import Commit, read_commit
 from pipeline.core.errors import SettingError, StorageError, TooManyRejects
 from pipeline.core.limits import raise_open_files, require_shared_memory, usable_cpus
@@ -28,6 +31,8 @@ ATTEMPTS = 3  # of a shard, before it is reported as failed
 OPEN_ATTEMPTS = 12  # workers in a row that die before they have opened the stage
 GRACE_S = 12.0  # a stopped run lets the shards in hand finish this long; it must end within 20 s
 LOOK_EVERY_S = 30.0  # for workers that the cluster has room for by now
+GLANCE_EVERY_S = 1.0  # at how far shards in hand are
+GLANCED_AT = 64  # shards in hand at most
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ class Pool:
         self._dead: set[Any] = set()
         self._opening_failed = 0
         self._looked = 0.0
+        self._glanced = 0.0
 
     def outcomes(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Made | Failure] | None]:
         """(job, what became of it) as they finish; None at least each second."""
@@ -114,6 +120,7 @@ class Pool:
                     self._opened(reference)
                     continue
                 hand = self._running.pop(reference)
+                self.report.in_hand.pop(hand.job.shard.id, None)
                 found = self._outcome(reference, hand)
                 if isinstance(found, Failure) and found.attempts < ATTEMPTS:
                     if not self.report.stopped:
@@ -122,11 +129,13 @@ class Pool:
                 else:
                     yield hand.job, found
             self._kill_late()
+            self._look_into_shards()
             yield None
 
     def close(self) -> None:
         for worker in self._workers() | set(self._opening.values()):
             self.ray.kill(worker)
+            _kv()._internal_kv_del(_board(worker._actor_id.hex()))
 
     def _grow(self) -> None:
         """As many workers as asked for, or as the cluster has room for: it may grow or shrink."""
@@ -231,6 +240,19 @@ class Pool:
             if limit is not None and time.monotonic() - hand.since > limit:
                 self.ray.kill(hand.worker)
 
+    def _look_into_shards(self) -> None:
+        """How far those in hand have come. Of many workers shards are finished often enough."""
+        now = time.monotonic()
+        if now - self._glanced < GLANCE_EVERY_S or len(self._running) > GLANCED_AT:
+            return
+        self._glanced = now
+        self.report.in_hand = {}
+        for hand in self._running.values():
+            found = _kv()._internal_kv_get(_board(hand.worker._actor_id.hex()))
+            seen = json.loads(found).get(hand.job.shard.id) if found else None
+            if seen:
+                self.report.in_hand[hand.job.shard.id] = (seen, hand.job.samples)
+
     def _count(self) -> None:
         self.report.workers = len(self._workers())
 
@@ -256,12 +278,28 @@ class _Worker:
         }
         for metric in self._metrics.values():
             metric.set_default_tags(tags)
+        threading.Thread(target=self._post, name="progress", daemon=True).start()
+
+    def _post(self) -> None:
+        """Says how far the shards in hand are, where the driver can look."""
+        import ray
+
+        board = _board(ray.get_runtime_context().get_actor_id())
+        posted: dict[str, int] = {}
+        while True:
+            time.sleep(GLANCE_EVERY_S)
+            if (seen := advance.seen()) != posted:
+                posted = seen
+                _kv()._internal_kv_put(board, json.dumps(seen), overwrite=True)
 
     def run(self, job: Job) -> Made:
         wanted = job if self.again else self._left(job)
         if not wanted.groups:
             return Made({}, False, Counter())
-        commits = self.work(wanted)
+        try:
+            commits = self.work(wanted)
+        finally:
+            advance.finished(job.shard.id)
         counted = {
             "shards": 1,
             "samples": min(commit.samples for commit in commits.values()),
@@ -290,6 +328,18 @@ _METRICS = {
     "rejects": "Samples rejected.",
     "bytes": "Bytes written.",
 }
+
+
+def _board(actor: str) -> str:
+    """Where a worker posts: a key of the cluster's own store. A call would wait for its shard, and
+    an actor with threads for calls would not compute in the thread that its stage was opened in."""
+    return f"microdit-in-hand:{actor}"
+
+
+def _kv() -> Any:
+    from ray.experimental import internal_kv
+
+    return internal_kv
 
 
 def start(options: Options, announce: Callable[[str], None]) -> Any:

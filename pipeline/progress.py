@@ -24,14 +24,16 @@ class Progress:
     def __init__(self, title: str) -> None:
         self.title = title
         self._bar: Bar | None = None
-        self._task = None
+        self._task: TaskID | None = None
         self._last_line = time.monotonic() - LINE_INTERVAL_S + 2.0
-        self._recent: deque[tuple[float, int, int]] = deque()  # (moment, shards, samples)
+        self._recent: deque[tuple[float, float, int]] = deque()  # (moment, shards, samples)
         if sys.stderr.isatty():
             self._bar = _bar()
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
+            facts = "looking at what there is to do"
+            self._task = self._bar.add_task(self.title, total=None, facts=facts)
             self._bar.start()
         return self
 
@@ -40,14 +42,17 @@ class Progress:
             self._bar.stop()
 
     def announce(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        if self._bar is None or self._task is None:
+            print(line, file=sys.stderr, flush=True)
+            return
+        self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._bar.update(self._task, facts="starting Ray")
 
     def __call__(self, report: Report) -> None:
         facts = self._facts(report)
-        if self._bar is not None:
-            if self._task is None:
-                self._task = self._bar.add_task(self.title, total=report.total, facts="")
-            self._bar.update(self._task, completed=report.finished, facts=facts)
+        if self._bar is not None and self._task is not None:
+            at = report.advanced
+            self._bar.update(self._task, total=report.total, completed=at, facts=facts)
             return
         now = time.monotonic()
         if report.finished == report.total or now - self._last_line >= LINE_INTERVAL_S:
@@ -60,6 +65,7 @@ class Progress:
         rate, left = self._recently(report)
         facts = [
             f"{report.samples} samples",
+            *([f"{report.samples_in_hand} in hand"] if report.samples_in_hand else []),
             f"{rate:.0f} samples/s",
             f"{sum(report.rejects.values())} rejects",
             f"{report.workers} workers" if report.workers else "workers are starting",
@@ -75,15 +81,17 @@ class Progress:
     def _recently(self, report: Report) -> tuple[float, float | None]:
         """Samples a second, and the seconds left, at the pace of the last minutes."""
         now = report.seconds
-        if not self._recent or self._recent[-1][1] != report.finished:
-            self._recent.append((now, report.finished, report.samples))
+        at, made = report.advanced, report.samples + report.samples_in_hand
+        if not self._recent or self._recent[-1][1:] != (at, made):
+            self._recent.append((now, at, made))
         while len(self._recent) > 2 and now - self._recent[0][0] > RECENT_S:
             self._recent.popleft()
         since, shards, samples = self._recent[0]
-        passed, made = now - since, report.finished - shards
-        if passed <= 0 or made <= 0:
+        passed = now - since
+        if passed <= 0 or (at <= shards and made <= samples):
             return 0.0, None
-        return (report.samples - samples) / passed, (report.total - report.finished) * passed / made
+        left = (report.total - at) * passed / (at - shards) if at > shards else None
+        return max(0.0, (made - samples) / passed), left
 
 
 class Count:
@@ -136,9 +144,10 @@ def summarise(report: Report) -> None:
     """The facts of a finished run on standard output: a line, and one for all that needs a look."""
     rate = f", {report.samples / report.seconds:.0f} samples/s" if report.samples else ""
     elsewhere = f"{report.elsewhere} made by another run, " if report.elsewhere else ""
+    stale = f"{report.outdated} stale, " if report.outdated else ""
     print(
         f"{report.stage} {report.source}: {report.shards} shards made ({report.samples} samples"
-        f"{rate}), {report.skipped} already done, {elsewhere}{report.failed} failed, "
+        f"{rate}), {report.skipped} already done, {elsewhere}{stale}{report.failed} failed, "
         f"{report.seconds:.1f} s"
     )
     spent = report.spent()
@@ -174,7 +183,8 @@ def table(reports: list[Report]) -> None:
     for column in rows.columns[2:]:
         column.justify = "right"
     for report in reports:
-        counts = (report.shards, report.skipped + report.elsewhere, report.failed, report.samples)
+        there = report.skipped + report.elsewhere + report.outdated
+        counts = (report.shards, there, report.failed, report.samples)
         rows.add_row(
             report.source,
             report.stage,

@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
 
 from pipeline.core import process
 from pipeline.core.commits import Commit
@@ -27,6 +26,7 @@ class Report:
     total: int = 0  # shards the run was to make
     shards: int = 0  # made
     skipped: int = 0  # already done
+    outdated: int = 0  # made from other inputs, and left as they are
     elsewhere: int = 0  # made meanwhile by another run
     samples: int = 0
     bytes: int = 0
@@ -37,6 +37,8 @@ class Report:
     failures: dict[str, str] = field(default_factory=dict)  # shard -> why; the first of them
     retries: int = 0  # attempts that were made again: workers lost, errors that went away
     counters: Counter[str] = field(default_factory=Counter)  # what the stage itself counted
+    #: Shard that a worker is at -> samples dealt with, and how many it has (0: unknown).
+    in_hand: dict[str, tuple[int, int]] = field(default_factory=dict)
     workers: int = 0
     seconds: float = 0.0
     page: str = ""  # path of a page that shows what was made, or ""
@@ -73,9 +75,24 @@ class Report:
     def finished(self) -> int:
         return self.shards + self.elsewhere + self.failed
 
-    def write(self, store: Store) -> str:
-        """Under <source>/runs/<stage>/, named by time: the one place where times are. Its path."""
+    @property
+    def samples_in_hand(self) -> int:
+        return sum(done for done, _ in self.in_hand.values())
+
+    @property
+    def advanced(self) -> float:
+        """Shards that are finished, with what is done of those in hand."""
+        parts = (min(done / total, 1) for done, total in self.in_hand.values() if total)
+        return min(self.finished + sum(parts), self.total)
+
+    def path(self) -> str:
+        """Under <source>/runs/<stage>/, named by time: the one place where times are."""
         moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self.started_at))
+        name = f"{moment}-{process.identity().split('-')[1]}.json"
+        return f"{self.source}/runs/{self.stage}/{name}"
+
+    def write(self, store: Store) -> str:
+        """Its path."""
         record = vars(self) | {
             "host": platform.node(),
             "version": version("microdit"),
@@ -84,21 +101,24 @@ class Report:
         for name in RATES:
             if self.counters[name]:
                 record[f"{name}_per_s"] = self._rate(self.counters[name])
-        name = f"{moment}-{process.identity().split('-')[1]}.json"
-        path = f"{self.source}/runs/{self.stage}/{name}"
-        store.write_json(path, record)
-        return path
+        del record["in_hand"]
+        if not self.page:
+            del record["page"]  # its stage shows nothing
+        store.write_json(self.path(), record)
+        return self.path()
 
     def _rate(self, count: int) -> float | None:
         return round(count / self.seconds, 3) if self.seconds else None
 
 
-def last(store: Store, source: str, stage: str) -> dict[str, Any] | None:
-    """The newest report of a stage that made something, or None."""
+def last_rates(store: Store, source: str, stage: str) -> dict[str, float]:
+    """Group -> samples a second of the newest run that made some of it, of the last ten runs."""
     folder = f"{source}/runs/{stage}"
     reports = [name for name in store.names(folder) if name.endswith(".json")]
-    for name in reversed(reports[-10:]):
+    rates: dict[str, float] = {}
+    for name in reports[-10:]:
         record = store.read_json(f"{folder}/{name}")
-        if record["shards"]:
-            return record
-    return None
+        for group, made in record["groups"].items():
+            if record["seconds"]:
+                rates[group] = made["samples"] / record["seconds"]
+    return rates

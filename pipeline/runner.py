@@ -47,13 +47,19 @@ def run(
     store = Store(root)
     groups = stage.groups()
     with lease.held(store, groups, options.command, options.join):
-        catalog = Catalog(store)
+        catalog = Catalog(store, announce)
         todo = plan(stage, catalog, options.choice)
-        if not todo.pending and not todo.done:
+        if not todo.pending and not todo.done and not todo.outdated:
             raise SettingError(
                 f"{stage.name}: no input under {store.root}; run the stage before it"
             )
-        report = Report(stage.name, stage.source, total=len(todo.pending), skipped=todo.done)
+        report = Report(
+            stage.name,
+            stage.source,
+            total=len(todo.pending),
+            skipped=todo.done,
+            outdated=todo.outdated,
+        )
         if not (options.choice.stale or options.choice.force):
             report.stale = todo.stale
         for group in groups:
@@ -66,11 +72,11 @@ def run(
             _publish(stage, store, groups)
         report.seconds = time.time() - report.started_at
         if todo.pending:
-            path = report.write(store)
             if report.shards and isinstance(stage, Shows):
                 shown = stage.page(store, report.counters, report.seconds)
-                report.page = path.removesuffix(".json") + ".html"
+                report.page = report.path().removesuffix(".json") + ".html"
                 store.write(report.page, shown.encode())
+            report.write(store)
     return report
 
 

@@ -29,4 +29,9 @@ class Commands(typer.core.TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-OPTIONS: dict[str, Any] = {"cls": Commands, "no_args_is_help": True, "rich_markup_mode": None}
+OPTIONS: dict[str, Any] = {
+    "cls": Commands,
+    "no_args_is_help": True,
+    "rich_markup_mode": None,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}

@@ -28,7 +28,7 @@ from training import (
     parallel,
     weights,
 )
-from training.checkpoints import CheckpointState, allow_only_data, read
+from training.checkpoints import Checkpoint, CheckpointState, allow_only_data, read
 from training.dit import MicroDiT
 from training.dit_config import DiTConfig
 from training.dtensors import gathered
@@ -73,6 +73,8 @@ def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
     first = dist.get_global_rank() == 0
     if first and fetch(plan):
         folder.check(plan)  # what was there already may be of another training
+    if first:
+        folder.check_whole(plan, say)
     dist.barrier()
     bill = Bill(world_size())
     left = folder.unfinished(plan)
@@ -295,7 +297,8 @@ def _trainer(
             run_name=f"{config.name}-{name}",
             progress_bar=False,
             spin_dataloaders=False,
-            load_path=str(resume) if resume else None,
+            load_path="checkpoint.pt" if resume else None,
+            load_object_store=Checkpoint(resume) if resume else None,
             load_progress_bar=False,
             device=device,
             precision=precision,
@@ -304,8 +307,8 @@ def _trainer(
         )
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, KeyError) as error:
-        if resume is None:
+    except Exception as error:  # what Composer makes of a checkpoint depends on what is in it
+        if resume is None or isinstance(error, SettingError | StorageError):
             raise
         raise SettingError(
             f"cannot go on from {resume}: {' '.join(str(error).split())[:300]}; if the file is at "
@@ -350,4 +353,4 @@ def _export(plan: Plan, name: str, path: StageFolder, model: DiffusionModel, ema
             passport = live.model_copy(update={"weights": "ema", "ema": kind})
             file = path.average(average) if number else path.model
             weights.write(file, {**tensors, **averages.get(average, {})}, passport)
-    folder.link(path.model, config.run_folder() / folder.MODEL)
+    folder.link_last(plan)  # a later stage may be finished

@@ -13,6 +13,7 @@ from composer.utils import dist
 from composer.utils.checkpoint import save_checkpoint
 
 from pipeline.core.errors import SettingError
+from training.checkpoints import template
 from training.folder import StageFolder
 from training.guard import Guard, RollBack
 from training.meter import Meter
@@ -36,6 +37,22 @@ class StepFunctions(Callback):
         rate = learning_rate(self._stage, step)
         for group in state.optimizers[0].param_groups:
             group["lr"] = rate * group["lr_factor"]
+
+
+class StayAlone(Callback):
+    """Ends the run where another training took its folder over.
+
+    Args:
+        taken: says who did; "" as long as nobody has.
+    """
+
+    def __init__(self, taken: Callable[[], str]) -> None:
+        self._taken = taken
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Before a checkpoint of this step would be written among the other's."""
+        if who := self._taken():
+            raise SettingError(f"{who}, which took this run for dead; this one ends")
 
 
 class SaveCheckpoints(Callback):
@@ -114,7 +131,7 @@ class SaveCheckpoints(Callback):
         part = self._folder.part(step)
         try:
             # Nothing of ours depends on the global generators that "rng" holds.
-            save_checkpoint(state, str(part), ignore_keys=["rng"])
+            save_checkpoint(state, template(part), ignore_keys=["rng"])
             if dist.get_global_rank() == 0:
                 _publish(part, path)
         except (OSError, RuntimeError) as error:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from composer import State
+from composer.utils import ObjectStore
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
@@ -30,6 +32,36 @@ def allow_only_data() -> None:
     """
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     torch.serialization.add_safe_globals([datetime.timedelta, TorchVersion])
+
+
+class Checkpoint(ObjectStore):
+    """A local file as Composer's loader is given it, whatever its name.
+
+    A path is read as a URL there (twice), then as a template: `#`, `?`, `:` and braces lose it.
+
+    Args:
+        path: the file, which becomes the one object of the store, under any name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.absolute()
+
+    def get_object_size(self, object_name: str) -> int:
+        return self._path.stat().st_size
+
+    def download_object(
+        self,
+        object_name: str,
+        filename: str | Path,
+        overwrite: bool = False,
+        callback: Callable[[int, int], None] | None = None,
+    ) -> None:
+        os.symlink(self._path, filename)
+
+
+def template(path: Path) -> str:
+    """What Composer's saver makes this very path of."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 class Average(TypedDict):
@@ -146,6 +178,8 @@ def read(path: Path) -> CheckpointState:
         averages = state["callbacks"]["EMA"]["averages"]
         _ = state["timestamp"], state["dataset_state"]  # Composer would do without
         run, stage = state["run_name"], path.parent.name
+        if not all(isinstance(value, Tensor) for value in state["model"].values()):
+            raise TypeError("its weights are no tensors")
         if not run.endswith(f"-{stage}"):
             raise SettingError(
                 f"{path}: is of run {run}, not of stage {stage}; put the stage's own there, or "
@@ -171,5 +205,6 @@ def read(path: Path) -> CheckpointState:
             f"{path}: the last checkpoint of a finished stage is missing, so the next stage cannot "
             "begin; remove the finished stage's folder to run it again"
         ) from error
-    except (KeyError, TypeError) as error:
-        raise SettingError(f"{path}: no checkpoint of this trainer ({error})") from error
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        text = " ".join(str(error).split())[:120]
+        raise SettingError(f"{path}: no checkpoint of this trainer ({text})") from error

@@ -3,7 +3,6 @@ them is a line each. No torch here."""
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from pipeline.core.errors import SettingError, nearest
 from pipeline.core.location import located
 from pipeline.core.nulls import instead_of_null
 from pipeline.core.text_files import read_yaml_text
+from pipeline.core.yaml12 import parse, parse_arguments
 from training import initial
 from training.masking.ratio import RatioSchedule
 from training.settings import Config
@@ -26,7 +26,8 @@ def load(arguments: Sequence[str]) -> Config:
     """`FILE.yaml [dotted.key=value …]` -> the resolved config.
 
     A file that says `base: OTHER.yaml` states only what differs from that file, which lies relative
-    to it; mappings are merged key by key, anything else is replaced.
+    to it; mappings are merged key by key, anything else is replaced, and a stage of the base that
+    is null (`stages: {masked: null}`) is taken away.
 
     Raises:
         SettingError: no such file, no YAML, an unknown key or stage, a wrong type; a line each.
@@ -78,37 +79,33 @@ def resolve(raw: dict[str, Any]) -> Config:
 
 
 def _read(path: Path, overrides: list[str]) -> dict[str, Any]:
-    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     file = _file(path, ())
     _known_stages(overrides, [str(key) for key in _mapping(file.get("stages"), "stages")])
     try:
-        changes = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
-        result = OmegaConf.to_container(OmegaConf.create(_merged(file, changes)), resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        merged = _merged(file, parse_arguments(overrides))
+        result = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
+    except OmegaConfBaseException as error:
         raise SettingError(f"{path}: {' '.join(str(error).split())}") from error
     return {str(key): value for key, value in result.items()}  # pyright: ignore
 
 
 def _file(path: Path, above: tuple[Path, ...]) -> dict[Any, Any]:
     """What a file says, on top of what its base says. `above`: the files whose base it is."""
-    import yaml
-    from omegaconf import OmegaConf
-
     shown = " -> ".join(map(str, (*above, path)))
     if path.resolve() in [other.resolve() for other in above]:
         raise SettingError(f"base: {shown}: a file cannot be its own base; remove one of them")
     try:
-        file = OmegaConf.to_container(OmegaConf.load(io.StringIO(read_yaml_text(path))))
+        file = parse(read_yaml_text(path), path)
     except OSError as error:
         near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")])
         raise SettingError(f"{shown}: {error.strerror}{near}") from error
-    except yaml.YAMLError as error:
-        raise SettingError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    file = {} if file is None else file
     if not isinstance(file, dict):
-        raise SettingError(f"{path}: expected a mapping of settings, found a list")
+        found = "a list" if isinstance(file, list) else repr(file)[:60]
+        raise SettingError(f"{path}: expected a mapping of settings, found {found}")
     if "base" not in file:
         return file
     base = file.pop("base")
@@ -121,7 +118,12 @@ def _merged(base: Any, change: Any) -> Any:
     # OmegaConf's own merge refuses to put a mapping in the place of a list.
     if not (isinstance(base, dict) and isinstance(change, dict)):
         return change
-    return base | {key: _merged(base.get(key), value) for key, value in change.items()}
+    merged = base | {key: _merged(base.get(key), value) for key, value in change.items()}
+    if isinstance(change.get("stages"), dict) and isinstance(base.get("stages"), dict):
+        # A stage that is null is taken away; one that the base does not have is all defaults.
+        gone = [n for n, s in change["stages"].items() if s is None and n in base["stages"]]
+        merged["stages"] = {n: s for n, s in merged["stages"].items() if n not in gone}
+    return merged
 
 
 def _known_stages(overrides: list[str], stages: list[str]) -> None:
@@ -150,8 +152,11 @@ def _lines(errors: Sequence[ErrorDetails], prefix: list[str]) -> str:
 def _line(error: ErrorDetails, prefix: list[str]) -> str:
     """One pydantic error as "key=value: what to do"."""
     # "[key]", and the tags of alternatives, are no part of the key that the user wrote.
-    path = prefix + [str(part) for part in error["loc"] if not str(part).startswith("[")]
-    key = ".".join(path)
+    parts = [str(part) for part in error["loc"]]
+    unknown = parts[-1:] if error["type"] == "extra_forbidden" else []
+    tagged = parts[:-1] if unknown else parts
+    path = prefix + [part for part in tagged if not part.startswith("[")] + unknown
+    key = ".".join(part if part.isprintable() and part.strip() else repr(part) for part in path)
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key{_suggest(path)}"
     if error["type"] == "missing":

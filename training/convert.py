@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline.core import program
 from pipeline.core.errors import SettingError
 from pipeline.core.location import located
+from pipeline.core.version import version_line
 from training import ranks
 from training.options import require_folder
 
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.convert", description="Checkpoints in and out."
     )
+    parser.add_argument("--version", action="version", version=version_line())
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("import", help="a checkpoint of the official code").add_argument
     add(

@@ -7,6 +7,7 @@ switched, and weights come back to the bit.
 
 from __future__ import annotations
 
+import itertools
 from statistics import NormalDist
 
 import torch
@@ -68,7 +69,7 @@ class Evaluation(Callback):
             for name, average in self._subject.averages().items():
                 with swapped(self._model.dit, average):
                     losses[name] = self._losses(state)
-        bins = [f"q{round(100 * q):02}" for q in quantiles(self._settings.bins)]
+        bins = names(self._settings.bins)
         values: dict[str, float] = {}
         for name, found in losses.items():
             values |= {f"eval/{name}/{q}": v for q, v in zip(bins, found, strict=True)}
@@ -103,6 +104,15 @@ class Evaluation(Callback):
 def quantiles(bins: int) -> list[float]:
     """The middles of as many equal parts of (0, 1)."""
     return [(number + 0.5) / bins for number in range(bins)]
+
+
+def names(bins: int) -> list[str]:
+    """q and each bin's place in percent, with as many more digits as tell them apart."""
+    for digits in itertools.count(2):
+        found = [f"q{round(10**digits * q):0{digits}}" for q in quantiles(bins)]
+        if len(set(found)) == bins:
+            return found
+    raise AssertionError
 
 
 def _batch(pictures: list[Picture], length: int, subject: Subject) -> dict[str, Tensor]:

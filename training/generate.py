@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.core import program
 from pipeline.core.errors import SettingError
 from pipeline.core.location import located
+from pipeline.core.version import version_line
 from training import header, ranks
 from training.options import check, device_of, read_prompts
 from training.threads import share_cores
@@ -220,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.generate", description="Pictures from prompts."
     )
+    parser.add_argument("--version", action="version", version=version_line())
     add = parser.add_argument
     add(
         "--checkpoint",

@@ -12,6 +12,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.store import Store
+
 
 class Journal:
     """Collects the values of the steps since the last `write`, and appends them."""
@@ -32,24 +34,30 @@ class Journal:
                 file.writelines(json.dumps(row) + "\n" for row in self._rows.values())
             self._rows = {}
 
-    def cut(self, step: int) -> None:
-        """Removes the lines after this step, and one that a kill left half-written."""
+    def cut(self, step: int) -> int:
+        """Removes the lines after this step, and those that are none: a kill leaves one
+        half-written, and a damaged file may have others.
+
+        Returns:
+            How many lines that are none stood before others.
+        """
         self._rows = {}
         if not self._path.exists():
-            return
-        kept = 0
-        with open(self._path, "rb") as file:
-            for line in file:
-                row = _parse(line)
-                if row is None or row["step"] > step:
-                    break
-                kept += len(line)
-        with open(self._path, "r+b") as file:
-            file.truncate(kept)
+            return 0
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        rows = [_parse(line) for line in lines]
+        kept = [
+            line
+            for line, row in zip(lines, rows, strict=True)
+            if row is not None and row["step"] <= step
+        ]
+        if len(kept) < len(lines):
+            Store(self._path.parent).write(self._path.name, b"".join(kept))
+        return rows[:-1].count(None)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a journal; none where there is no file."""
+    """The lines of a journal, without those that are none; nothing where there is no file."""
     if not path.exists():
         return []
     rows = map(_parse, path.read_bytes().splitlines(keepends=True))
@@ -63,11 +71,18 @@ def last(path: Path, key: str) -> float | None:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """None for a line that was not written to its end."""
+    """None for what is no line of a journal: one that was not written to its end, or damaged."""
     try:
-        return json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
         return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    return row if all(_is_number(value) for value in row.values()) else None
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)
 
 
 def _plain(value: Any) -> Any:

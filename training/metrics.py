@@ -31,6 +31,7 @@ class Metrics(Callback):
         journal: of the stage; None on ranks that write none.
         rate: step (0 is the first) -> learning rate.
         steps: of the stage.
+        say: shows a line (step, text) to the user.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Metrics(Callback):
         rate: Callable[[int], float],
         steps: int,
         every: int,
+        say: Callable[[int, str], None],
     ) -> None:
         self._meter = meter
         self._guard = guard
@@ -52,11 +54,12 @@ class Metrics(Callback):
         self._rate = rate
         self._steps = steps
         self._every = every
+        self._say = say
         self._reported = Totals()
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        if self._journal is not None:
-            self._journal.cut(state.timestamp.batch.value)
+        if self._journal is not None and (lost := self._journal.cut(state.timestamp.batch.value)):
+            self._say(state.timestamp.batch.value, f"metrics.jsonl: {lost} broken lines left out")
 
     def batch_end(self, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value

@@ -18,7 +18,7 @@ from typing import cast
 from pipeline.core import uploads
 from pipeline.core.errors import SettingError, StorageError
 from pipeline.core.store import Store
-from training import folder
+from training import folder, intact
 from training.folder import MODEL, StageFolder
 from training.preflight import Plan
 
@@ -46,7 +46,7 @@ class Mirror:
 
     def __init__(self, folder: Path, url: str, keep: int) -> None:
         self._folder = folder
-        self._store = _open(url) if url else None
+        self._store = open_copy(url) if url else None
         self._keep = keep
         self._pending: list[Path] = []
         self._changed = threading.Condition()
@@ -179,21 +179,22 @@ def fetch(plan: Plan) -> bool:
 
     Raises:
         StorageError: the store cannot be read.
-        SettingError: the copy is of a run with other settings.
+        SettingError: the copy is of a run with other settings, or damaged.
     """
     url = plan.config.checkpoint.remote
     if not url:
         return False
-    local, store = Store(plan.config.run_folder()), _open(url)
-    if _position(plan, store) <= _position(plan, local):
-        return False
-    stages = list(plan.config.stages)
+    store, stages = open_copy(url), list(plan.config.stages)
     names = {name: store.names(name) for name in stages}
-    for name in stages:
-        if folder.SETTINGS not in names[name]:
-            continue
-        path = f"{name}/{folder.SETTINGS}"
-        changes = folder.changes(plan, name, store.read_json(path))
+    if _position(names) <= _position({name: _whole(plan, name) for name in stages}):
+        return False
+    paths = {n: f"{n}/{folder.SETTINGS}" for n in stages if folder.SETTINGS in names[n]}
+    records = {
+        name: folder.settings_record(store.read(path), store.url(path))
+        for name, path in paths.items()
+    }
+    for name, path in paths.items():
+        changes = folder.changes(plan, name, records[name], records)
         if changes:  # before anything of this run is replaced
             raise SettingError(
                 f"checkpoint.remote={url}: {path} there is of other settings "
@@ -216,22 +217,41 @@ def fetch(plan: Plan) -> bool:
     return True
 
 
-def _open(url: str) -> Store:
+def open_copy(url: str) -> Store:
+    """The place of a run's copies.
+
+    Raises:
+        SettingError: no URL that can be read.
+    """
     try:
         return Store(url)
     except SettingError as error:  # which speaks of a data root
         raise SettingError(str(error).replace("--root ", "checkpoint.remote=", 1)) from error
 
 
-def _position(plan: Plan, store: Store) -> list[tuple[bool, str]]:
-    """How far a copy of the run is: for each stage whether it is finished, and its last step."""
+def _position(names: dict[str, list[str]]) -> list[tuple[bool, str]]:
+    """How far a copy of the run is, by the files of each stage: whether it is finished, and its
+    last step."""
     found = []
-    for name in plan.config.stages:
-        names = store.names(name)
-        finished = MODEL in names
-        step = "" if finished else max(_matching(names, _CHECKPOINTS), default="")
+    for own in names.values():
+        finished = MODEL in own
+        step = "" if finished else max(_matching(own, _CHECKPOINTS), default="")
         found.append((finished, step))
     return found
+
+
+def _whole(plan: Plan, name: str) -> list[str]:
+    """A stage's files in the run's folder that tell how far it is, without damaged ones."""
+    stage = folder.stage_folder(plan, name)
+    if stage.finished():
+        return [MODEL]
+    return [path.name for path in stage.checkpoints()[-1:] if not _fault(path)]
+
+
+def _fault(path: Path) -> str:
+    if path.match(_CHECKPOINTS):
+        return intact.checkpoint_fault(path)
+    return intact.weights_fault(path) if path.match(_WEIGHTS) else ""
 
 
 def _matching(names: list[str], *patterns: str) -> list[str]:
@@ -241,9 +261,16 @@ def _matching(names: list[str], *patterns: str) -> list[str]:
 
 def _download(store: Store, plan: Plan, path: str, again: bool = False) -> None:
     target = plan.config.run_folder() / path
-    if again or not target.exists():
-        _say(f"fetching {store.url(path)}")
-        store.download(path, target)
+    if not again and target.exists() and not _fault(target):
+        return
+    _say(f"fetching {store.url(path)}")
+    store.download(path, target)
+    if fault := _fault(target):
+        target.unlink()
+        raise SettingError(
+            f"checkpoint.remote: {store.url(path)}: {fault}; remove it there, and the run goes on "
+            "from what is left"
+        )
 
 
 def _say(text: str) -> None:

@@ -76,6 +76,7 @@ def callbacks(
         lambda step: learning_rate(stage, step),
         stage.steps,
         config.logging.every_steps,
+        tell,
     )
     subject = Subject(
         model,

@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 
 import torch
-import yaml
 from pydantic import ValidationError
 
 from pipeline.core.errors import SettingError, nearest
 from pipeline.core.manifest import TextFacts, VaeFacts
 from pipeline.core.text_files import read_yaml_text
+from pipeline.core.yaml12 import parse
 from pipeline.encoders import text_facts, vae_facts
 from training import official, weights
 from training.dit import MicroDiT
@@ -76,9 +76,9 @@ def architecture(arch: str) -> DiTConfig:
             "file with a section model:"
         )
     try:
-        section = Model.model_validate(yaml.safe_load(read_yaml_text(Path(arch)))["model"])
+        section = Model.model_validate(parse(read_yaml_text(Path(arch)), arch)["model"])
         return dataclasses.replace(MODELS.get(section.arch, DiTConfig()), **section.sizes())
-    except (ValidationError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (ValidationError, ValueError, KeyError, TypeError) as error:
         text = " ".join(str(error).split())[:200]
         raise SettingError(f"--arch {arch}: no usable section model: ({text})") from error
 

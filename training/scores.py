@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.core import program
 from pipeline.core.errors import BrokenShard, SettingError, StorageError
 from pipeline.core.location import located
+from pipeline.core.version import version_line
 from pipeline.encoders import text_facts
 from training import header, ranks
 from training.options import check, device_of
@@ -311,6 +312,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.scores", description="Does the model read its prompts?"
     )
+    parser.add_argument("--version", action="version", version=version_line())
     add = parser.add_argument
     add(
         "--checkpoint",

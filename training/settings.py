@@ -30,6 +30,8 @@ from training.stage_settings import (
 )
 
 Seed = Annotated[int, Field(ge=0, description="needs a number, any one")]
+FILES = ("cache", "config.json", "leases", "model.safetensors")  # of a run, beside its stages
+
 Pair = Annotated[tuple[Positive, Positive], Field(strict=False)]  # YAML has lists, no tuples
 
 # The same for every source, or of some by name. The tags keep messages to one line with their key.
@@ -147,9 +149,8 @@ class Logging(Section):
 
 class Checkpoint(Section):
     keep: Count = 1  # of each unfinished stage; a finished one keeps its last
-    remote: Location = (
-        ""  # folder or s3://, gs:// URL for copies; a start with less goes on from there
-    )
+    skip_damaged: bool = False  # go on from the checkpoint before one that is damaged
+    remote: Location = ""  # folder or URL for copies; a start with less goes on from there
 
 
 class Evaluate(Section):
@@ -221,6 +222,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        self._check_names()
         if self.stage and self.stage not in self.stages:
             near = nearest(self.stage, self.stages) or f"; stages: {', '.join(self.stages)}"
             raise ValueError(f"stage {self.stage}: no such stage{near}")
@@ -242,6 +244,20 @@ class Config(Section):
                     if (getattr(stage, key) is None) == (objective == self.objective):
                         raise ValueError(f"stages.{name}.{key}: {self._why_not(key)}")
         return self
+
+    def _check_names(self) -> None:
+        if "://" in self.folder:
+            raise ValueError(
+                f"folder {self.folder}: a run trains in a local folder; give checkpoint.remote the "
+                "URL, and copies go there"
+            )
+        if not self.folder.isprintable():  # it goes into records, messages and passports
+            raise ValueError(f"folder {self.folder!r}: has characters that cannot be shown")
+        for name in self.stages:
+            if name in FILES:
+                raise ValueError(
+                    f"stages.{name}: {name} is something else in a run's folder; choose another"
+                )
 
     def _why_not(self, key: str) -> str:
         own = NOISE[self.objective]

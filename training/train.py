@@ -7,6 +7,7 @@ torch is imported.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -19,7 +20,9 @@ if sys.path and os.path.basename(sys.path[0]) == "training":
 from pipeline.core import program
 from pipeline.core.errors import BrokenShard, SettingError, StorageError
 from pipeline.core.temporary import shorten_sockets
-from training import folder, ranks, shared_memory
+from pipeline.core.version import version_line
+from training import credentials, folder, ranks, shared_memory
+from training.alone import alone
 from training.config import load
 from training.preflight import check
 from training.threads import share_cores
@@ -33,6 +36,9 @@ def main(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2
+    if "--version" in arguments:
+        print(version_line())
+        return 0
     program.begin()
     share_cores()
     try:
@@ -56,25 +62,31 @@ def main(arguments: list[str]) -> int:
             from training import parallel  # and torch with it
 
             parallel.check(config)
-        if ranks.first():
-            folder.link_last(plan)
         left = folder.unfinished(plan)
-        if left or config.checkpoint.remote:
-            shared_memory.require(plan, left)
-            _quiet_imports()
-            from training.assemble import run
-            from training.stopping import EXIT_CODE, Terminated
+        busy = bool(left or config.checkpoint.remote)
+        own = busy and ranks.first()
+        if own:
+            credentials.check(config)
+        with alone(config, arguments) if own else contextlib.nullcontext() as taken:
+            if ranks.first():
+                folder.link_last(plan)
+            if busy:
+                shared_memory.require(plan, left)
+                _quiet_imports()
+                from training.assemble import run
+                from training.callbacks import StayAlone
+                from training.stopping import EXIT_CODE, Terminated
 
-            running = True
-            try:
-                run(plan)
-            except Terminated as place:
-                if ranks.first():
-                    print(
-                        f"train: SIGTERM: the same command goes on from {place}",
-                        file=sys.stderr,
-                    )
-                return EXIT_CODE
+                running = True
+                try:
+                    run(plan, [StayAlone(taken)] if taken else [])
+                except Terminated as place:
+                    if ranks.first():
+                        print(
+                            f"train: SIGTERM: the same command goes on from {place}",
+                            file=sys.stderr,
+                        )
+                    return EXIT_CODE
         if ranks.first():
             where = config.run_folder()
             what = f"stage {config.stage} of {where}" if config.stage else where

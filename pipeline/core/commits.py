@@ -14,16 +14,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.core import layout, summary
+from pipeline.core import layout, mends, summary
 from pipeline.core.errors import BrokenShard, NewerSchema, TooManyRejects
 from pipeline.core.samples import InputShard, Reject
 from pipeline.core.spool import Spool
 from pipeline.core.store import Store, fingerprint, sha256
 
-SCHEMA = 1
+SCHEMA = 2  # that is read; a record says 2 only where it has what 1 does not know
 MAX_REJECT_RATE = 0.9  # of a shard; a whole shard of dead links is an outage, not bad pictures
 
 
@@ -41,7 +42,10 @@ class Commit:
     rejects: dict[str, int] = field(default_factory=dict)  # reason -> count
     index: dict[str, Any] | None = None  # the shard's entry in index.json (MDS groups)
     counters: dict[str, int] = field(default_factory=dict)  # further counts a stage reports
-    schema: int = SCHEMA
+    #: Content of the generation that this one replaces with the same pictures and captions in
+    #: other bytes: what was made of that one is as good of this one.
+    reads_as: str = ""
+    schema: int = 1
 
     def content(self) -> str:
         """16 hex digits over the data files: what a stage that reads them depends on.
@@ -49,6 +53,8 @@ class Commit:
         Not the fingerprint: a shard redone to the same bytes leaves what was made of it valid, and
         one redone to others (a refetched link) does not.
         """
+        if self.reads_as:
+            return self.reads_as
         hashes = {n: f["sha256"] for n, f in self.files.items() if not n.startswith("rejects/")}
         return fingerprint(hashes)
 
@@ -107,7 +113,7 @@ def read_file(store: Store, group: str, commit: Commit, ending: str) -> bytes:
 
 
 def read_named(store: Store, group: str, commit: Commit, name: str) -> bytes:
-    """A committed file by its name; see `read_file`."""
+    """`read_file` by the whole name, rejects included."""
     try:
         data = store.read(f"{group}/{name}")
     except FileNotFoundError:
@@ -147,6 +153,7 @@ def write_shard(
     index: dict[str, Any] | None = None,
     counters: dict[str, int] | None = None,
     max_reject_rate: float = MAX_REJECT_RATE,
+    reads_as: str = "",
 ) -> Commit:
     """Data files first, then the rejects, last the commit record.
 
@@ -172,9 +179,14 @@ def write_shard(
         keys_sha256=keys_hash(keys),
         rejects=reasons,
         index=index,
-        counters=counters or {},
+        counters={**(counters or {}), mends.COUNTER: mends.MENDS},
+        reads_as=reads_as,
+        schema=SCHEMA if reads_as else 1,
     )
-    store.write_json(commit_path(group, shard.id), asdict(commit))
+    record = asdict(commit)
+    if not reads_as:
+        del record["reads_as"]
+    store.write_json(commit_path(group, shard.id), record)
     return commit
 
 
@@ -185,12 +197,13 @@ def check_rejects(rejects: list[Reject], kept: int, max_reject_rate: float) -> d
         TooManyRejects: they are more than `max_reject_rate` of rejected and kept samples.
     """
     reasons = dict(sorted(Counter(reject.reason for reject in rejects).items()))
-    total = len(rejects) + kept
-    if len(rejects) > max_reject_rate * total:
+    judged = [reject for reject in rejects if not reject.foreseen]
+    total = len(judged) + kept
+    if len(judged) > max_reject_rate * total:
         found = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         raise TooManyRejects(
-            f"{len(rejects)} of {total} samples rejected ({found}; e.g. {rejects[0].key}: "
-            f"{rejects[0].detail}), more than max_reject_rate={max_reject_rate}; not committed"
+            f"{len(judged)} of {total} samples rejected ({found}; e.g. {judged[0].key}: "
+            f"{judged[0].detail}), more than max_reject_rate={max_reject_rate}; not committed"
         )
     return reasons
 
@@ -233,6 +246,7 @@ _UPSTREAM = {
     "latents_made": "latents were made anew",
     "text_made": "text was made anew",
     "official": "the official shard is another",
+    "shard": "its source lists other pictures for it",
 }
 
 
@@ -246,6 +260,8 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         name = f"{prefix}{key}"
         if key in _UPSTREAM and a and b:
             changes.append(_UPSTREAM[key])
+        elif key == "mended":
+            changes += [mends.REASONS.get(kind, kind) for kind in b or () if kind not in (a or ())]
         elif key == "dropped":
             changes.append("samples were dropped")
         elif isinstance(a, dict) and isinstance(b, dict):
@@ -299,6 +315,11 @@ def reason(error: BaseException) -> str:
 
 
 def _short(value: Any) -> str:
+    """A value for people: words, not Python."""
+    if isinstance(value, (list, tuple)):
+        value = ",".join(map(str, value)) or "none"
+    elif isinstance(value, dict):
+        value = ",".join(f"{key}={item}" for key, item in sorted(value.items())) or "none"
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
@@ -309,4 +330,19 @@ def _table(rejects: list[Reject]) -> bytes:
     from pipeline.core.tables import to_parquet
 
     names = ("key", "stage", "reason", "detail")
-    return to_parquet(pa.table({n: [getattr(r, n) for r in rejects] for n in names}))
+    columns = {name: pa.array([getattr(r, name) for r in rejects], pa.string()) for name in names}
+    places = pa.array([_place(reject) for reject in rejects], pa.string())
+    return to_parquet(pa.table({**columns, "place": places}))
+
+
+def _place(reject: Reject) -> str | None:
+    """A reject's file or link for people, without what may be secret in a link."""
+    text = "" if reject.ref is None else reject.ref.url
+    if "://" in text:
+        try:
+            parts = urlsplit(text)
+            host = parts.netloc.rpartition("@")[2]
+            text = parts._replace(netloc=host, query="", fragment="").geturl()
+        except ValueError:  # no link: what is secret in it nobody can tell
+            text = ""
+    return text.encode("utf-8", "backslashreplace").decode() or None

@@ -21,6 +21,14 @@ class StorageError(RuntimeError):
     """
 
 
+class BadPicture(Exception):
+    """A picture that cannot be used: `reason` groups it, the message says what happened."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
 class BrokenShard(RuntimeError):
     """A committed file that is gone, damaged, or differs from its record. It concerns its shard
     alone; where it ends a command or a training, with exit 1."""

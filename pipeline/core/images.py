@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -16,24 +17,19 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from pipeline.core import colour, metadata, modes
+from pipeline.core.errors import BadPicture
+
 MAX_PIXELS = 120_000_000  # larger headers are refused before a pixel is decoded
 #: Scans of a progressive JPEG; usual are 10. Each costs a pass over all pixels, and 100 bytes are
 #: enough for one: without a limit 400 KB take minutes.
 MAX_SCANS = 100
 
 #: What Pillow may try on bytes from anywhere: never those that run a program (EPS: Ghostscript).
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "HEIF")
 
 Crop = Literal["center", "random", "none"]
 Small = Literal["reject", "upscale"]
-
-
-class BadPicture(Exception):
-    """A picture that cannot be used: `reason` groups it, the message says what happened."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
 
 
 class Header(NamedTuple):
@@ -66,25 +62,38 @@ def read_header(data: bytes) -> Header:
         return Header(image.format or "", width, height, animated)
 
 
-def read_pixels(data: bytes) -> np.ndarray:
-    """Encoded bytes to upright RGB; transparency on white, of an animation the first frame.
+class Read(NamedTuple):
+    """A picture's pixels, and what became of its colour profile."""
+
+    pixels: np.ndarray  # (H, W, 3) uint8, contiguous and writable
+    profile: str  # colour.CONVERTED, colour.IGNORED, or "": it has none, or sRGB's
+
+
+def read(data: bytes) -> Read:
+    """Encoded bytes to upright sRGB; transparency on white, of an animation the first frame.
 
     libjpeg-turbo decodes RGB and grey JPEGs without Pillow's copies, to the same pixels. Pillow
     decodes the rest, and whatever libjpeg-turbo has doubts about.
-
-    Returns:
-        (H, W, 3) uint8, contiguous and writable.
 
     Raises:
         BadPicture: "undecodable" or "too-large".
     """
     with _judged():
         image = _open(data)
-        pixels = _jpeg(data, image)
-        if pixels is None:
-            pixels = _pillow(image)
+        pixels, profile = _jpeg(data, image) or _pillow(data, image)
         turn = _UPRIGHT.get(_orientation(image))
-        return pixels if turn is None else np.array(Image.fromarray(pixels).transpose(turn))
+        if turn is not None:
+            pixels = np.array(Image.fromarray(pixels).transpose(turn))
+        return Read(pixels, profile or _unread_profile(data, image))
+
+
+def read_pixels(data: bytes) -> np.ndarray:
+    """The pixels of `read`: (H, W, 3) uint8, contiguous and writable.
+
+    Raises:
+        BadPicture: "undecodable" or "too-large".
+    """
+    return read(data).pixels
 
 
 def decode(data: bytes) -> Image.Image:
@@ -94,6 +103,48 @@ def decode(data: bytes) -> Image.Image:
         BadPicture: "undecodable" or "too-large".
     """
     return Image.fromarray(read_pixels(data))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """What `decode` gives, of a picture that was opened by somebody else.
+
+    Raises:
+        BadPicture: "undecodable" or "too-large".
+    """
+    with _judged():
+        turn = _UPRIGHT.get(_orientation(image))
+        shown, _ = modes.to_rgb(image)
+        return shown if turn is None else shown.transpose(turn)
+
+
+def once_misread(data: bytes) -> bool:
+    """Whether the first version read other pixels of a stored picture; none is decoded."""
+    try:
+        with _judged():
+            return modes.once_misread(_open(data))
+    except BadPicture:
+        return False
+
+
+def profile_changes(data: bytes) -> bool:
+    """Whether a reader that takes no notice of colour profiles sees other colours."""
+    try:
+        with _judged():
+            image = _open(data)
+            return colour.changes(image.info.get("icc_profile"), modes.base_mode(image))
+    except BadPicture:
+        return False
+
+
+def orientation(data: bytes) -> int:
+    """How the picture is turned, 1 to 8; 1 where nothing says so.
+
+    Raises:
+        BadPicture: "undecodable" or "too-large".
+    """
+    with _judged():
+        found = _orientation(_open(data))
+        return found if isinstance(found, int) and found in _UPRIGHT else 1
 
 
 def fit(
@@ -179,7 +230,17 @@ def _offset(slack: int, crop: Crop, seed: int, key: str) -> int:
 
 def _open(data: bytes) -> Image.Image:
     """The picture with its header read and its size judged."""
-    image = Image.open(io.BytesIO(data), formats=_formats())
+    try:
+        image = Image.open(io.BytesIO(data), formats=_formats())
+    except UnidentifiedImageError:
+        if data[4:8] == b"ftyp" and data[8:12] in _HEIC and "HEIF" not in _formats():
+            raise BadPicture("undecodable", NO_HEIC) from None
+        raise
+    except ValueError:  # a PNG's profile or text that inflates to megabytes: neither is a pixel
+        plain = metadata.without(data, profile=True)
+        if plain is None or plain == data:
+            raise
+        image = Image.open(io.BytesIO(plain), formats=_formats())
     if image.width * image.height > MAX_PIXELS:
         raise BadPicture("too-large", f"{image.width}x{image.height} pixels")
     if image.width * image.height == 0:
@@ -187,15 +248,24 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
+#: Brands of HEIF files that hold HEVC, which iPhones take pictures in.
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+NO_HEIC = "HEIC, which needs the extra `phones`: pip install 'microdit[phones]'"
+
+
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """FORMATS that this Pillow was built with."""
+    """FORMATS that this Pillow was built with, and HEIF where the extra `phones` is installed."""
     Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
-    """(H, W, 3) uint8 of an RGB or grey JPEG, or None: Pillow has to decide."""
+def _jpeg(data: bytes, image: Image.Image) -> tuple[np.ndarray, str] | None:
+    """Pixels and note of an RGB or grey JPEG, or None: Pillow has to decide."""
     if image.format not in ("JPEG", "MPO"):
         return None
     # The bytes of a sequential scan grow with its pixels; looking for scans takes 6 % of decoding.
@@ -205,13 +275,19 @@ def _jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
         if (width, height) != image.size or space not in ("YCbCr", "RGB", "Gray"):
             return None
-        return simplejpeg.decode_jpeg(data, "RGB")
+        pixels = simplejpeg.decode_jpeg(data, "RGB")
     except ValueError as error:
         # An end marker before the last pixel: a download that broke off and was closed properly.
         # Pillow would fill the rest with grey. What else libjpeg warns of may be harmless.
         if "premature end of data segment" in str(error):
             raise BadPicture("undecodable", f"truncated: {error}") from error
         return None
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return pixels, ""
+    grey = space == "Gray"
+    shown, note = colour.to_srgb(Image.fromarray(pixels[..., 0] if grey else pixels), profile)
+    return (np.array(shown) if note == colour.CONVERTED else pixels), note
 
 
 def _scans(data: bytes) -> int:
@@ -229,20 +305,16 @@ def _scans(data: bytes) -> int:
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")  # those inside a scan, and without length, out
 
 
-def _pillow(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8 of whatever Pillow has opened."""
-    image.load()
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # 16-bit grey, its high byte as in 16-bit RGB: Pillow's own conversion clips it to white.
-        levels = np.asarray(image)
-        if image.mode == "I":  # 32 bits that hold 16
-            levels = levels.clip(0, 65535)
-        return np.repeat((levels >> 8).astype(np.uint8)[..., None], 3, axis=2)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return np.array(image.convert("RGB"))
+def _pillow(data: bytes, image: Image.Image) -> tuple[np.ndarray, str]:
+    """(H, W, 3) uint8 of whatever Pillow has opened, and what became of its profile."""
+    shown, note = modes.to_rgb(image, data)
+    return np.array(shown), note
+
+
+def _unread_profile(data: bytes, image: Image.Image) -> str:
+    """IGNORED, where a PNG has a profile that Pillow could not even unpack."""
+    packed = image.format == "PNG" and not image.info.get("icc_profile") and b"iCCP" in data[:1024]
+    return colour.IGNORED if packed else ""
 
 
 def _orientation(

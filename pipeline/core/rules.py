@@ -1,8 +1,9 @@
 """Which fetched pictures are kept and in what form: once, for every source.
 
-Bytes that came as JPEG, PNG or WebP are stored untouched where the rules do not shrink them. What
-is shrunk becomes a JPEG of quality 95; what WebDataset's readers would not know, or holds several
-frames, becomes a PNG of the pixels that an encoder sees.
+Bytes that came as JPEG, PNG or WebP are stored where the rules do not shrink them: pixels and
+colour profile as they came, without metadata. What is shrunk becomes a JPEG of quality 95 in sRGB;
+what WebDataset's readers would not know, or holds several frames, becomes a PNG of the pixels that
+an encoder sees.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 import io
 import unicodedata
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Literal
 
+import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pipeline.core.images import BadPicture, Header, read_header, read_pixels, resize
+from pipeline.core import metadata
+from pipeline.core.errors import BadPicture
+from pipeline.core.images import Header, orientation, read, read_header, resize
 from pipeline.core.samples import ImageSample, RawImage, Reject
 
 #: Pillow's format -> extension of bytes that are stored as they came.
@@ -35,6 +39,8 @@ class Rules(BaseModel):
     encode_quality: Annotated[int, Field(ge=1, le=100)] = 95  # of JPEGs that shrinking makes
     clean_captions: bool = False  # by captioning.clean: for alt text from the web
     max_caption_length: Annotated[int, Field(ge=1)] = 10_000  # characters
+    #: Of pictures kept as they came: EXIF with its place and time, XMP, IPTC, comments, thumbnails.
+    metadata: Literal["strip", "keep"] = "strip"
     drop_duplicates: bool = True  # exact ones within a shard: the lowest key is kept
 
     @field_validator("image_size", mode="before")
@@ -78,7 +84,7 @@ def readable(caption: str) -> str:
 def _kept(raw: RawImage, rules: Rules) -> ImageSample:
     header = read_header(raw.data)
     _judge(header, rules)
-    pixels = read_pixels(raw.data)
+    pixels, profile = read(raw.data)
     height, width, _ = pixels.shape  # upright, which a PNG's header does not always tell
     if rules.image_size is not None and header.shorter > rules.image_size:
         scale = rules.image_size / header.shorter
@@ -90,13 +96,44 @@ def _kept(raw: RawImage, rules: Rules) -> ImageSample:
         picture = Image.fromarray(pixels)
         picture.save(buffer, "JPEG", quality=rules.encode_quality, subsampling=0)
         data = buffer.getvalue()
-        return ImageSample(raw.ref, data, "jpg", new[0], new[1], width, height)
+        return ImageSample(raw.ref, data, "jpg", new[0], new[1], width, height, profile)
     extension = KEPT.get(header.format)
-    if extension is None or header.animated:
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
-        return ImageSample(raw.ref, buffer.getvalue(), "png", width, height, width, height)
-    return ImageSample(raw.ref, raw.data, extension, width, height, width, height)
+    data = None if extension is None or header.animated else raw.data
+    if data is not None and rules.metadata == "strip":
+        data = stripped(data)
+    if extension is None or data is None:
+        extension, data = "png", _png(pixels)
+    return ImageSample(raw.ref, data, extension, width, height, width, height, profile)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def without_metadata(sample: ImageSample) -> ImageSample:
+    """A stored picture as `keep` would have stored it under `metadata: strip`."""
+    data = stripped(sample.data)
+    if data is None:
+        return replace(sample, data=_png(read(sample.data).pixels), extension="png")
+    return sample if data == sample.data else replace(sample, data=data)
+
+
+def stripped(data: bytes) -> bytes | None:
+    """A picture kept as it came without its metadata; the same pixels, the same way up.
+
+    Returns:
+        None for one that is so odd that only its pixels can be kept.
+
+    Raises:
+        BadPicture: "undecodable" or "too-large".
+    """
+    plain = metadata.without(data)
+    if plain is None or plain == data:
+        return plain
+    turn = orientation(data)  # may decode a PNG: asked only where there is metadata
+    return plain if turn == 1 else metadata.without(data, turn)
 
 
 def _judge(header: Header, rules: Rules) -> None:

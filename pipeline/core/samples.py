@@ -49,6 +49,7 @@ class ImageSample:
     height: int
     original_width: int  # as it came, upright
     original_height: int
+    profile: str = ""  # what became of its colour profile: pipeline.core.colour's counters
 
     @cached_property
     def sha256(self) -> str:
@@ -66,6 +67,8 @@ class Reject:
     detail: str  # what exactly happened
     #: Where it came from, for those who look for it in their list; no part of the verdict.
     ref: ImageRef | None = field(default=None, compare=False)
+    #: Known beforehand, by its name: it tells of no outage, so `max_reject_rate` leaves it out.
+    foreseen: bool = field(default=False, compare=False)
 
 
 FAILED = "failed_to_download"  # the reason of rejects that `--retry-failed` tries again

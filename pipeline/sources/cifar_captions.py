@@ -55,14 +55,14 @@ class CifarCaptions(Urls):
             choice=["cifar-captions 1", list(self.classes), self.min_listed_size],
         )
 
-    def _chosen(self, table: pa.Table) -> pa.Table:
+    def _chosen(self, table: pa.Table) -> pa.Array:
         keep: Any = pc.match_substring_regex(table["caption"], pattern(self.classes))  # pyright: ignore
         if self.min_listed_size:
             # A size that the list does not tell is judged when the picture is there.
             sizes = [table[name].cast(pa.float64()) for name in ("width", "height")]
             shorter = pc.min_element_wise(*sizes, float(self.min_listed_size))  # pyright: ignore
             keep = pc.and_(keep, pc.equal(shorter, float(self.min_listed_size)))  # pyright: ignore
-        return table.filter(keep)
+        return keep
 
 
 def pattern(classes: tuple[str, ...]) -> str:

@@ -38,7 +38,7 @@ class Coco2014(Hosted):
     images: ClassVar[int] = 40_504
 
     base: str = OFFICIAL
-    samples_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 5_000
+    samples_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 5_000  # pictures a shard
 
     def shards(self) -> list[InputShard]:
         """Pictures in order of their COCO id, samples_per_shard a shard."""
@@ -100,14 +100,15 @@ def _sample(
     key: str, rows: list[Row], member: archives.Member | None, base: str
 ) -> RawImage | Reject:
     name = rows[0].name
-    if member is None:
-        return Reject(key, "download", "no-picture", f"{name}: not in val2014.zip")
-    if member.reason:
-        return Reject(key, "download", member.reason, member.detail)
     captions = tuple(row.caption for row in rows if row.caption)
+    ref = ImageRef(key, f"{base}/val2014/{name}", captions[0] if captions else "", captions)
+    if member is None:
+        return Reject(key, "download", "no-picture", f"{name}: not in val2014.zip", ref)
+    if member.reason:
+        return Reject(key, "download", member.reason, member.detail, ref)
     if not captions:
-        return Reject(key, "download", "no-caption", f"{name}: only empty captions")
-    return RawImage(ImageRef(key, f"{base}/val2014/{name}", captions[0], captions), member.data)
+        return Reject(key, "download", "no-caption", f"{name}: only empty captions", ref)
+    return RawImage(ref, member.data)
 
 
 def _numbers(table: Any) -> list[int]:

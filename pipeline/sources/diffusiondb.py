@@ -16,6 +16,7 @@ from pipeline.sources.files import transfer
 from pipeline.sources.files.hosted import Hosted
 from pipeline.sources.files.lookup import Row, rows_of, sorted_rows
 from pipeline.sources.files.packed import pictures
+from pipeline.sources.tables.table_rows import text_values
 
 PARTS = 14_000
 FIRST_FOLDER = 10_000  # parts in it; the others are in the second
@@ -97,10 +98,12 @@ def _listed(url: str) -> Iterator[Row]:
                 "DiffusionDB Large; see `base`"
             )
         for batch in file.iter_batches(BATCH, columns=columns, use_threads=False):
-            for part, name, prompt, *scores in zip(
-                *(batch.column(column).to_pylist() for column in columns), strict=True
-            ):
-                yield Row(part, name, readable(prompt or ""), _worst(scores))
+            texts = (text_values(batch.column(name)) for name in columns[1:3])
+            others = (batch.column(name).to_pylist() for name in (columns[0], *columns[3:]))
+            for name, prompt, part, *scores in zip(*texts, *others, strict=True):
+                if isinstance(name, str):
+                    prompt = prompt if isinstance(prompt, str) else ""  # none, or no UTF-8
+                    yield Row(part, name, readable(prompt), _worst(scores))
 
 
 def _worst(scores: list[float | None]) -> float:

@@ -4,28 +4,31 @@ table that names pictures and captions.
 Order: without a table, names sorted; with one, its rows. So a picture whose name sorts last, or a
 row appended to the table, changes the last shard and no other. A shard's spec holds a digest over
 names, sizes, dates (on an object store: ETags) and the table's captions: what is edited in place
-makes its shard stale.
+makes its shard stale. How many pictures a shard takes is settled when the folder is first planned.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import posixpath
 import stat
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
+from pipeline.core import layout
 from pipeline.core.errors import SettingError, StorageError
 from pipeline.core.images import BadPicture
 from pipeline.core.location import Location
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import FAILED, ImageRef, InputShard, RawImage, Reject, sample_key
 from pipeline.core.store import Store, fingerprint
-from pipeline.sources.tables.captions import caption_text
+from pipeline.sources.tables.captions import BadText, Encoding, caption_text
 from pipeline.sources.tables.picture_table import ENDINGS, Row, read_rows
 
 #: What counts as a picture in a folder. Not all can be decoded: those are rejected, not skipped.
@@ -34,6 +37,28 @@ PICTURES = (
     *("tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2", "j2k", "jxl", "heic", "heif", "ico"),
     *("svg", "pdf", "eps", "ps", "psd", "tga"),
 )
+#: What somebody may take for a picture and nothing here decodes: a reject, and not read, for the
+#: TIFF in a raw file's first bytes is its thumbnail.
+NO_PICTURES = {
+    **dict.fromkeys(
+        (
+            *("3fr", "arw", "cr2", "cr3", "crw", "dcr", "dng", "erf", "fff", "iiq", "k25", "kdc"),
+            *("mef", "mos", "mrw", "nef", "nrw", "orf", "pef", "raf", "raw", "rw2", "rwl", "sr2"),
+            *("srf", "srw", "x3f"),
+        ),
+        "camera raw: develop it to a JPEG or TIFF first",
+    ),
+    **dict.fromkeys(
+        ("mov", "mp4", "m4v", "avi", "mkv", "webm", "3gp", "mts", "wmv", "insv"),
+        "a film, no picture",
+    ),
+    **dict.fromkeys(
+        ("psb", "xcf", "kra", "ai", "cdr", "exr", "hdr", "dds", "djvu", "clip", "sketch"),
+        "a format that nothing here decodes",
+    ),
+}
+LARGEST, SMALLEST = 1000, 16  # pictures in a shard, where nobody says how many
+HELD_OUT_FROM = 90_000  # number of the first held-out shard: new pictures move none of them
 _AT_ONCE = 16  # files that are requested together from an object store
 
 
@@ -54,13 +79,35 @@ class Folder(BaseModel):
     #: A csv, tsv, jsonl or parquet file in the folder that names the pictures; "": all there are.
     table: str = ""
     image_col: str = "file_name"  # of the table; names are relative to the folder
-    caption_col: str = "text"
+    caption_col: str = "text"  # of the table
     #: "own": from the table, or a text file beside each picture; "none": a captioner writes them.
     captions: Literal["own", "none"] = "own"
-    caption_extension: Annotated[str, Field(pattern=r"^\.\w+$")] = ".txt"
+    caption_extension: Annotated[str, Field(pattern=r"^\.\w+$")] = (
+        ".txt"  # of texts beside pictures
+    )
+    encoding: Encoding = "auto"  # of text files and tables: UTF-8, UTF-16, or as it says
     split: str = "train"  # any other is not trained on
-    samples_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 1000
+    #: This share of the pictures, chosen by a hash of their names, is split "heldout".
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    #: Pictures a shard; "auto": a sixteenth of the folder as it is first planned, at least 16 and
+    #: at most 1000.
+    samples_per_shard: Annotated[
+        Annotated[int, Field(ge=1, le=10_000)] | None,
+        BeforeValidator(lambda value: None if value == "auto" else value),
+    ] = None
     max_file_bytes: Annotated[int, Field(ge=1)] = 100_000_000  # larger files are not read
+
+    _kept: tuple[str, str] | None = PrivateAttr(None)  # root, folder
+
+    @model_validator(mode="after")
+    def _one_split(self) -> Folder:
+        if self.holdout and self.split != "train":
+            raise ValueError(f"holdout={self.holdout}: takes its share of split=train alone")
+        return self
+
+    def attach(self, store: Store, folder: str) -> None:
+        """Says where the size of a shard is written down."""
+        self._kept = (store.root, folder)
 
     def shards(self) -> list[InputShard]:
         """Lists the folder and reads the table; opens no picture.
@@ -71,12 +118,25 @@ class Folder(BaseModel):
         """
         files = self._listing()
         rows = self._table_rows() if self.table else self._pictures(files)
+        texts = {} if self.table or self.captions == "none" else _texts(rows, files, self._sidecar)
+        odd = {name: text for name, text in texts.items() if text != self._sidecar(name)}
+        beside = [] if self.table else sorted(n for n in files if _ending(n) in NO_PICTURES)
+        size = self._per_shard(len(rows))
         shards = []
-        for first in range(0, len(rows), self.samples_per_shard):
-            some = rows[first : first + self.samples_per_shard]
-            entries = tuple((row.name, _listed(files, row.name).bytes) for row in some)
-            spec = (self._versions(files, some), _digest(some), first, entries)
-            shards.append(InputShard(f"{len(shards):05d}", self.split, spec))
+        for split, start in ((self.split, 0), ("heldout", HELD_OUT_FROM)):
+            mine = [row for row in rows if self._split_of(row.name) == split]
+            cuts = range(0, len(mine), size)
+            # A file that is none goes with the pictures before it by name, behind all of theirs.
+            starts = [mine[first].name for first in cuts]
+            others: list[list[Row]] = [[] for _ in cuts]
+            for name in beside:
+                if cuts and self._split_of(name) == split:
+                    others[max(0, bisect_right(starts, name) - 1)].append(Row(name, ""))
+            for number, first in enumerate(cuts):
+                some = [*mine[first : first + size], *others[number]]
+                entries = tuple(_entry(files, row.name, odd.get(row.name, "")) for row in some)
+                spec = (self._versions(files, some, texts), _digest(some), first, entries)
+                shards.append(InputShard(f"{start + number:05d}", split, spec))
         return shards
 
     def fetch(
@@ -88,35 +148,47 @@ class Folder(BaseModel):
             RuntimeError: the table has changed since the shard was planned.
         """
         _, digest, first, entries = shard.spec
-        rows = [Row(name, "") for name, _ in entries]
+        rows = [Row(entry[0], "") for entry in entries]
         if self.table:
-            rows = self._table_rows()[first : first + len(entries)]
+            mine = [r for r in self._table_rows() if self._split_of(r.name) == shard.split]
+            rows = mine[first : first + len(entries)]
             if _digest(rows) != digest:
                 raise RuntimeError(f"{self.table} has changed since this run began; run it again")
         files = (
-            _File(key, row, size)
-            for index, (row, (_, size)) in enumerate(zip(rows, entries, strict=True))
+            _File(key, row, entry[1], entry[2] if len(entry) > 2 else self._sidecar(row.name))
+            for index, (row, entry) in enumerate(zip(rows, entries, strict=True))
             for key in [sample_key(shard.id, index)]
             if only is None or key in only
         )
         at_once = 1 if self._store().local else _AT_ONCE
         while some := list(islice(files, at_once)):
-            texts = self._captions([file.row for file in some])
+            texts = self._captions(some)
             found = self._read_pictures(some, texts)
             for file, text, data in zip(some, texts, found, strict=True):
+                ref = ImageRef(file.key, file.row.name, text if isinstance(text, str) else "")
                 if isinstance(text, str) and isinstance(data, bytes):
-                    yield RawImage(ImageRef(file.key, file.row.name, text), data)
-                else:
-                    problem = cast(BadPicture, text if isinstance(text, BadPicture) else data)
-                    yield Reject(file.key, "download", problem.reason, str(problem))
+                    yield RawImage(ref, data)
+                    continue
+                problem = cast(BadPicture, text if isinstance(data, bytes) else data)
+                foreseen = not self.table and _ending(file.row.name) in NO_PICTURES
+                yield Reject(file.key, "download", problem.reason, str(problem), ref, foreseen)
+
+    def at_hand(self) -> bool:
+        """Whether its files are on this machine, to be looked at again at no cost."""
+        return self._store().local
 
     def decisive(self) -> dict[str, Any]:
         """A shard's spec says the rest: where the folder lies decides nothing."""
-        return {"captions": self.captions, "max_file_bytes": self.max_file_bytes}
+        stated = {} if self.encoding == "auto" else {"encoding": self.encoding}
+        return {"captions": self.captions, "max_file_bytes": self.max_file_bytes, **stated}
 
     def estimate(self, shard: InputShard) -> int:
         # A tar member pads to 512 twice, and each picture has a text and a JSON beside it.
-        return sum(max(size, 0) + 3072 for _, size in shard.spec[3])
+        return sum(
+            max(size, 0) + 3072
+            for name, size, *_ in shard.spec[3]
+            if _ending(name) not in NO_PICTURES
+        )
 
     def samples(self, shard: InputShard) -> int:
         return len(shard.spec[3])
@@ -138,17 +210,18 @@ class Folder(BaseModel):
         return {n: f for n, f in found.items() if not any(p[:1] == "." for p in n.split("/"))}
 
     def _pictures(self, files: dict[str, Listed]) -> list[Row]:
-        names = sorted(n for n in files if n.rpartition(".")[2].lower() in PICTURES)
+        names = sorted(n for n in files if _ending(n) in PICTURES)
+        rows = [Row(name, "") for name in names]
         if not names:
             raise SettingError(f"folder={self.folder}: no pictures in it")
-        if self.captions == "own" and not any(self._sidecar(n) in files for n in names):
+        if self.captions == "own" and not _texts(rows, files, self._sidecar):
             tables = [n for n in sorted(files) if n.endswith(ENDINGS)]
             remedy = f"table: {tables[0]}" if tables else "table, or caption_extension"
             raise SettingError(
                 f"captions=own: no picture in {self.folder} has a {self.caption_extension} file "
                 f"beside it; set {remedy}, or captions: none to let a captioner write them"
             )
-        return [Row(name, "") for name in names]
+        return rows
 
     def _table_rows(self) -> list[Row]:
         try:
@@ -156,32 +229,70 @@ class Folder(BaseModel):
         except FileNotFoundError as error:
             raise SettingError(f"table={self.table}: no such file in {self.folder}") from error
         caption_col = self.caption_col if self.captions == "own" else None
-        return read_rows(data, self.table, self.image_col, caption_col)
+        return read_rows(data, self.table, self.image_col, caption_col, self.encoding)
 
     def _sidecar(self, name: str) -> str:
         return posixpath.splitext(name)[0] + self.caption_extension
 
-    def _versions(self, files: dict[str, Listed], rows: list[Row]) -> str:
+    def _versions(self, files: dict[str, Listed], rows: list[Row], texts: dict[str, str]) -> str:
         """A digest that changes when a picture, or the text beside it, is replaced."""
         names = [row.name for row in rows]
         if self.captions == "own" and not self.table:
-            names += [self._sidecar(name) for name in names]
+            pictures = (name for name in names if _ending(name) not in NO_PICTURES)
+            names += [texts.get(name, self._sidecar(name)) for name in pictures]
         return fingerprint([_listed(files, name) for name in names])
+
+    def _split_of(self, name: str) -> str:
+        """By the name alone, so that pictures which come later move none to the other side."""
+        if not self.holdout:
+            return self.split
+        place = hashlib.sha256(f"holdout:{name}".encode()).digest()[:8]
+        return "heldout" if int.from_bytes(place, "big") < self.holdout * 2**64 else "train"
+
+    def _per_shard(self, pictures: int) -> int:
+        """A shard's pictures: as told, or as it was settled under this root."""
+        if self.samples_per_shard is not None:
+            return self.samples_per_shard
+        size = max(SMALLEST, min(LARGEST, -(-pictures // 16)))
+        if self._kept is None:
+            return size
+        store, folder = Store(self._kept[0]), self._kept[1]
+        record = f"{folder}/samples_per_shard.json"
+        try:
+            found = store.read_json(record)
+            if isinstance(found, int) and 1 <= found <= 10_000:
+                return found
+            raise ValueError
+        except FileNotFoundError:
+            pass
+        except ValueError:
+            raise SettingError(
+                f"{store.url(record)}: is no size of a shard; set samples_per_shard to what it was"
+            ) from None
+        if store.names(f"{layout.images_group(posixpath.dirname(folder))}/commits"):
+            return LARGEST  # begun by a version that knew no other
+        store.write_json(record, size)
+        return size
 
     # Fetching.
 
-    def _captions(self, rows: list[Row]) -> list[str | BadPicture]:
+    def _captions(self, files: list[_File]) -> list[str | BadPicture]:
         if self.captions == "none":
-            return [""] * len(rows)
+            return [""] * len(files)
         if self.table:
-            return [_given(row.caption, f"{self.table}: no {self.caption_col}") for row in rows]
-        paths = [self._sidecar(row.name) for row in rows]
-        return [
-            BadPicture("no-caption", f"{path}: {data}")
-            if isinstance(data, BadPicture)
-            else _given(caption_text(data), f"{path}: empty")
-            for path, data in zip(paths, self._read(paths), strict=True)
-        ]
+            told = f"{self.table}: no {self.caption_col}"
+            return [_given(f.row.caption, told) for f in files]
+        wanted = [f.text for f in files if _ending(f.row.name) not in NO_PICTURES]
+        found = dict(zip(wanted, self._read(wanted), strict=True))
+        return [self._caption(f.text, found.get(f.text, b"-")) for f in files]
+
+    def _caption(self, path: str, data: bytes | BadPicture) -> str | BadPicture:
+        if isinstance(data, BadPicture):
+            return BadPicture("no-caption", f"{path}: {data}")
+        try:
+            return _given(caption_text(data, self.encoding), f"{path}: empty")
+        except BadText as error:
+            return BadPicture("caption-encoding", f"{path}: {error}")
 
     def _read_pictures(
         self, files: list[_File], texts: list[str | BadPicture]
@@ -189,7 +300,11 @@ class Folder(BaseModel):
         """The files' bytes; those without a caption are not read."""
         verdicts: dict[int, bytes | BadPicture] = {}
         for at, (file, text) in enumerate(zip(files, texts, strict=True)):
-            if isinstance(text, BadPicture):
+            if file.row.fault:
+                verdicts[at] = BadPicture("malformed-row", f"{self.table}: {file.row.fault}")
+            elif why := NO_PICTURES.get(_ending(file.row.name)):
+                verdicts[at] = BadPicture("undecodable", f"{file.row.name}: {why}")
+            elif isinstance(text, BadPicture):
                 verdicts[at] = text
             elif not file.row.name:
                 verdicts[at] = BadPicture(FAILED, f"{self.table}: the row names no file")
@@ -214,10 +329,44 @@ class _File(NamedTuple):
     key: str
     row: Row
     bytes: int  # -1: the listing did not show it
+    text: str  # the name of the text file beside it
 
 
 def _digest(rows: list[Row]) -> str:
-    return fingerprint(rows)
+    return fingerprint([row if row.fault else row[:2] for row in rows])
+
+
+def _entry(files: dict[str, Listed], name: str, text: str) -> tuple[str | int, ...]:
+    """A file in a shard's spec; with the text beside it where its name is not the usual one."""
+    return (name, _listed(files, name).bytes, *([text] if text else ()))
+
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def _texts(
+    rows: list[Row], files: dict[str, Listed], sidecar: Callable[[str], str]
+) -> dict[str, str]:
+    """Picture -> the text file beside it, in whatever case either is written: IMG_1.JPG has
+    img_1.TXT, unless another picture is named just like that."""
+    by_lower: dict[str, list[str]] = {}
+    for name in files:
+        by_lower.setdefault(name.lower(), []).append(name)
+    stems = {posixpath.splitext(row.name)[0] for row in rows}
+    found = {}
+    for row in rows:
+        usual = sidecar(row.name)
+        if usual in files:
+            found[row.name] = usual
+            continue
+        stem = posixpath.splitext(row.name)[0]
+        others = by_lower.get(usual.lower(), [])
+        own = [name for name in others if posixpath.splitext(name)[0] == stem]
+        free = [name for name in others if posixpath.splitext(name)[0] not in stems]
+        if choice := own or free:
+            found[row.name] = min(choice)
+    return found
 
 
 def _local_listing(root: str) -> dict[str, Listed]:

@@ -51,8 +51,8 @@ class HubDataset(BaseModel):
     caption_col: str = "text"  # a string or a list of strings; "" for none, for a captioner
     #: Of a list: "first"; "random", by seed and key; "all": random, and the list is kept as well.
     captions: Literal["first", "random", "all"] = "random"
-    seed: int = 0
-    samples_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 10_000
+    seed: int = 0  # of the caption that is drawn, with the sample's key
+    samples_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 10_000  # rows a shard
     max_file_bytes: Annotated[int, Field(ge=1)] = 100_000_000  # larger pictures are left out
 
     _commit: str = PrivateAttr("")  # what the revision stands for, while a run lasts
@@ -182,16 +182,24 @@ class HubDataset(BaseModel):
 
     def _sample(self, key: str, place: str, row: dict[str, Any]) -> RawImage | Reject:
         captions = self._captions(row)
+        ref = ImageRef(key, place, captions[0] if captions else "")
+
+        def reject(reason: str, detail: str) -> Reject:
+            return Reject(key, "download", reason, f"{place}: {detail}", ref)
+
         if not captions:
-            return Reject(key, "download", "no-caption", f"{place}: {self.caption_col} is empty")
+            if any(isinstance(text, bytes) for text in self._several(row)):
+                return reject("caption-encoding", f"{self.caption_col} is no UTF-8")
+            return reject("no-caption", f"{self.caption_col} is empty")
         cell = row[self.image_col]
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if not isinstance(data, bytes):
             found = "empty" if data is None else f"of type {type(data).__name__}"
-            return Reject(key, "download", "undecodable", f"{place}: {self.image_col} is {found}")
+            return reject("undecodable", f"{self.image_col} is {found}")
         if len(data) > self.max_file_bytes:
-            detail = f"{place}: {len(data)} bytes, max_file_bytes is {self.max_file_bytes}"
-            return Reject(key, "download", "too-large", detail)
+            return reject(
+                "too-large", f"{len(data)} bytes, max_file_bytes is {self.max_file_bytes}"
+            )
         caption = captions[0] if self.captions == "first" else choose(captions, self.seed, key)
         references = captions if self.captions == "all" and self.caption_col else ()
         return RawImage(ImageRef(key, place, caption, references), data)
@@ -200,9 +208,13 @@ class HubDataset(BaseModel):
         """Those that say something."""
         if not self.caption_col:
             return ("",)
-        cell = row[self.caption_col]
-        several = cell if isinstance(cell, list) else [cell]
-        return tuple(str(text) for text in several if text is not None and readable(str(text)))
+        given = (t for t in self._several(row) if t is not None and not isinstance(t, bytes))
+        return tuple(str(text) for text in given if readable(str(text)))
+
+    def _several(self, row: dict[str, Any]) -> list[Any]:
+        """A row's captions; bytes stand for one that is no UTF-8."""
+        cell = row[self.caption_col] if self.caption_col else None
+        return cell if isinstance(cell, list) else [cell]
 
 
 class _File(NamedTuple):

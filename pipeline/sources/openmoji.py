@@ -62,9 +62,9 @@ class OpenMoji(BaseModel):
     rules: ClassVar[Rules] = Rules(image_size=None, min_image_size=0)  # `size` decides alone
 
     glyphs: str = "starter"  # "starter" (64), "all" (about 3,950), or names separated by ";"
-    backgrounds: str = ",".join(BACKGROUNDS)
+    backgrounds: str = ",".join(BACKGROUNDS)  # colours by name, separated by ","
     size: Annotated[int, Field(ge=8, le=4096)] = 128  # side of the rendered picture, pixels
-    samples_per_shard: Annotated[int, Field(ge=1, le=9999)] = 64
+    samples_per_shard: Annotated[int, Field(ge=1, le=9999)] = 64  # pictures a shard
 
     def shards(self) -> list[InputShard]:
         """Input shards in a fixed order: all training shards, then the held-out ones."""

@@ -23,7 +23,7 @@ from pipeline.sources.files import archives, transfer
 from pipeline.sources.files.hosted import Hosted
 from pipeline.sources.files.lookup import Row, rows_of, sorted_rows
 from pipeline.sources.files.packed import pictures
-from pipeline.sources.tables.captions import caption_text
+from pipeline.sources.tables.captions import BadText, caption_text
 
 ARCHIVE = re.compile(r"sa_(\d{6})\.tar")
 PICTURE = re.compile(r"sa_(\d{1,9})\.\w+")
@@ -132,7 +132,7 @@ def _picture(name: str) -> re.Match[str] | None:
 
 def _links(lines: Iterator[str]) -> dict[str, str]:
     """Tar name -> link. No message holds a link."""
-    reader = csv.DictReader(lines, delimiter="\t")
+    reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
     if not {"file_name", "cdn_link"} <= set(reader.fieldnames or ()):
         raise SettingError("links: needs a first line with file_name and cdn_link, tab between")
     found: dict[str, str] = {}
@@ -155,6 +155,9 @@ def _published_rows(url: str) -> Iterator[Row]:
         for member in texts:
             match = TEXT.search(member.name)
             if match and not member.reason:
-                caption = readable(caption_text(member.data))
+                try:
+                    caption = readable(caption_text(member.data))
+                except BadText:
+                    continue  # its picture is rejected as one that has none
                 if caption:
                     yield Row(int(match[1]), f"sa_{match[1]}", caption)

@@ -16,7 +16,9 @@ from pipeline.core.location import Location
 from pipeline.core.rules import Rules
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
 from pipeline.core.store import Store
+from pipeline.core.urls import stripped
 from pipeline.sources.tables import url_lists
+from pipeline.sources.tables.captions import Encoding
 from pipeline.sources.tables.url_lists import Row
 from pipeline.sources.tables.url_table import ENDINGS, UrlList, shown
 from pipeline.sources.web.http import FetchError, HttpSettings, fetch_all, listed
@@ -39,13 +41,15 @@ class Urls(HttpSettings):
     rules: ClassVar[Rules] = Rules()
 
     url_list: Annotated[Location, Field(min_length=1)]  # a file, or a folder of files of one format
+    #: By the name's ending, or one of csv, tsv, json, jsonl, parquet, txt.
     input_format: Literal[("auto", *ENDINGS)] = "auto"  # pyright: ignore
-    url_col: str = "url"
+    url_col: str = "url"  # the column of links
     #: None, or empty: pictures without captions, for a captioner to write.
     caption_col: Annotated[str | None, BeforeValidator(lambda v: v or None)] = "caption"
     #: [column, kind]: a picture with another hash is left out.
     verify_hash: Annotated[tuple[str, Hash] | None, BeforeValidator(_pair)] = None
-    number_sample_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 10_000
+    number_sample_per_shard: Annotated[int, Field(ge=1, le=10_000)] = 10_000  # rows a shard
+    encoding: Encoding = "auto"  # of csv, tsv, json, jsonl and txt: UTF-8, UTF-16, or as it says
 
     _kept: tuple[str, str] | None = PrivateAttr(None)  # root, folder
     _shards: list[InputShard] | None = PrivateAttr(None)
@@ -109,6 +113,7 @@ class Urls(HttpSettings):
             self.caption_col,
             self.verify_hash,
             self.number_sample_per_shard,
+            encoding=self.encoding,
         )
 
     def _place(self) -> tuple[Store, str]:
@@ -119,7 +124,9 @@ class Urls(HttpSettings):
     def _fault(self, key: str, row: Row) -> Reject | None:
         """What is the matter with a row itself."""
         ref = _ref(key, row)
-        if not ref.url.strip():
+        if row.fault:
+            return Reject(key, "download", "malformed-row", row.fault, ref)
+        if not ref.url:
             return Reject(key, "download", "refused", "no link in this row", ref)
         if self.caption_col is not None and not ref.caption.strip():
             return Reject(key, "download", "no-caption", "no caption in this row", ref)
@@ -141,4 +148,4 @@ class Urls(HttpSettings):
 
 
 def _ref(key: str, row: Row) -> ImageRef:
-    return ImageRef(key, row.url or "", row.caption or "")
+    return ImageRef(key, stripped(row.url or ""), row.caption or "")

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import captioning
 from pipeline.core import drops, images, layout
+from pipeline.core.advance import advance
 from pipeline.core.catalog import Catalog
 from pipeline.core.commits import MAX_REJECT_RATE, Commit, plain_stem, read_file, write_shard
 from pipeline.core.errors import SettingError, nearest
@@ -21,7 +22,8 @@ from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet, to_parquet
 from pipeline.stages import Job, Needs
 from pipeline.stages.caption_text import Refused, finish, parse_steps, summarise
-from pipeline.stages.images import images_commit, read_images
+from pipeline.stages.images import images_commit, placed, read_images
+from pipeline.stages.looks import findings
 from pipeline.stages.stopwatch import Stopwatch
 
 VERSION = 4  # bump when the bytes this stage writes change
@@ -74,9 +76,12 @@ class CaptionStage:
         if self.steps:
             common["clean"] = list(self.steps)
         dropped = catalog.dropped(self.source)
+        mended = catalog.mended(group, findings(catalog, group))
         for shard, head in catalog.heads(layout.images_group(self.source)).items():
             keys = dropped.get(shard, frozenset())
             inputs = {**common, "images": head.content, **drops.inputs(keys)}
+            if kinds := mended.get(shard):
+                inputs["mended"] = kinds
             yield Job(InputShard(shard, head.split), {group: inputs}, keys, head.samples)
 
     def estimate(self, job: Job, group: str) -> int:
@@ -123,6 +128,7 @@ class CaptionWorker:
         split = self.captioner.counters[SPLIT]
         with one_line_errors():
             for key, answer in self.captioner.caption(self._pictures(job, group, order)):
+                advance(job.shard.id)
                 if not isinstance(answer, captioning.Failure):
                     answer = finish(answer, stage.steps, counts)
                 if isinstance(answer, (captioning.Failure, Refused)):
@@ -135,7 +141,11 @@ class CaptionWorker:
             raise RuntimeError(
                 f"{stage.captioner.name} lost {len(lost)} pictures, e.g. {min(lost)}"
             )
-        rejects.sort(key=lambda reject: order[reject.key])
+        if rejects:
+            rejects.sort(key=lambda reject: order[reject.key])
+            pictures = layout.images_group(stage.source)
+            found = images_commit(self.store, pictures, job.shard.id, job.groups[group]["images"])
+            rejects = placed(self.store, pictures, found, rejects)
         keys = sorted(made, key=order.__getitem__)
         counts += summarise(caption for key in keys for caption in made[key])
         self.counters += counts - Counter({SPLIT: counts[SPLIT]})  # the captioner tells of that
@@ -171,7 +181,9 @@ class CaptionWorker:
             if image.key not in job.dropped:
                 order[image.key] = len(order)
                 opened = functools.partial(_open, image.data)
-                yield captioning.Picture(image.key, opened, image.data, sizes.get(image.key))
+                # A server may take no notice of a profile: it gets the pixels that we see.
+                data = None if images.profile_changes(image.data) else image.data
+                yield captioning.Picture(image.key, opened, data, sizes.get(image.key))
 
 
 def own_settings(captioner: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from captioning import Caption
+from captioning.answer import answer
 from captioning.clean import clean, is_refusal, one_line, trim_habits
 from pipeline.core.errors import SettingError, nearest
 
@@ -25,7 +26,7 @@ WORDS = (10, 20, 40, 80, 160)
 class Refused:
     """A picture of whose captions none is kept."""
 
-    reason: str  # "empty" or "refused"
+    reason: str  # "empty", "refused" or "no-caption"
     detail: str
 
 
@@ -47,14 +48,22 @@ def parse_steps(text: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
 def finish(
     captions: list[Caption], steps: tuple[str, ...], counters: Counter[str]
 ) -> list[Caption] | Refused:
-    """A picture's captions as they are kept: without empty ones and refusals, which are counted."""
-    kept, said = [], ""
+    """A picture's captions as they are kept: out of what a model wraps them in; without empty
+    ones, refusals, and texts that are no captions, which are counted."""
+    kept, refused, odd = [], "", ""
     for caption in captions:
-        text = one_line(caption.text)
+        said = one_line(caption.text)
+        text = answer(caption.text)
         if is_refusal(text):
             counters["refusals"] += 1
-            said = text
+            refused = text
             continue
+        if said and not text:
+            counters["no captions"] += 1
+            odd = said
+            continue
+        if text != said:
+            counters["unwrapped"] += 1
         for step in steps:
             text = STEPS[step](text)
         if not text:
@@ -64,9 +73,16 @@ def finish(
         counters["truncated"] += caption.finish_reason == "length"
     if kept:
         return kept
-    if said:
-        return Refused("refused", f"the captioner said {said[:80]!r}")
+    if refused:
+        return Refused("refused", f"the captioner said {refused[:80]!r}")
+    if odd:
+        return Refused("no-caption", f"no caption is in {odd[:80]!r}")
     return Refused("empty", "nothing is left of what the captioner wrote")
+
+
+def no_caption(text: str) -> bool:
+    """Whether earlier versions kept a text that is no caption as it stands."""
+    return answer(text) != text
 
 
 def summarise(captions: Iterable[Caption]) -> Counter[str]:
@@ -106,5 +122,5 @@ def facts(counters: Counter[str], seconds: float) -> str:
         if counters[name]:
             rate = f" ({counters[name] / seconds:,.1f}/s)" if seconds else ""
             rates.append(f"{counters[name]:,} {name}{rate}")
-    others = ("truncated", "duplicates", "empty", "refusals")
+    others = ("truncated", "duplicates", "empty", "refusals", "no captions", "unwrapped")
     return ", ".join([*rates, *(f"{counters[name]:,} {name}" for name in others if counters[name])])

@@ -24,6 +24,7 @@ from pipeline.encoders import find_text, find_vae
 from pipeline.stages import Job, Needs, Worker
 from pipeline.stages.captions import ALT, Mix, upstream
 from pipeline.stages.latents import Recipe
+from pipeline.stages.looks import findings
 
 VERSION = 3  # bump when the bytes this stage writes change
 THREADS = 1  # torch threads a worker on CPUs: part of what decides the last bit of a latent
@@ -123,6 +124,10 @@ class Encode:
         images = catalog.heads(layout.images_group(self.source))
         captions = upstream(catalog, self.source, self.mix, images)
         dropped = catalog.dropped(self.source)
+        mended = {
+            group: catalog.mended(group, findings(catalog, group))
+            for group in map(self.latents_group, self.settings.resolutions)
+        }
         settings = self.settings
         common: dict[str, Any] = {
             "stage": self.name,
@@ -143,6 +148,9 @@ class Encode:
             keys = dropped.get(shard, frozenset())
             own = {**common, "images": head.content, **drops.inputs(keys)}
             groups = {group: {**own, **inputs} for group, inputs in latents.items()}
+            for group, inputs in groups.items():
+                if kinds := mended[group].get(shard):
+                    inputs["mended"] = kinds
             if shard in captions:
                 groups[self.text_group()] = {**own, "captions_made": captions[shard], **text}
             yield Job(InputShard(shard, head.split), groups, keys, head.samples)

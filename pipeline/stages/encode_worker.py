@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core import layout
+from pipeline.core.advance import advance
 from pipeline.core.commits import Commit, read_file, write_shard
 from pipeline.core.mds import encode_shard, stored
 from pipeline.core.samples import Reject
@@ -16,7 +17,7 @@ from pipeline.core.tables import key_rows
 from pipeline.core.tars import read_samples
 from pipeline.stages import Job
 from pipeline.stages.captions import chosen_captions
-from pipeline.stages.images import StoredImage, images_commit, stored_image
+from pipeline.stages.images import StoredImage, images_commit, placed, stored_image
 from pipeline.stages.latents import LatentMaker
 from pipeline.stages.latents import Made as MadeLatents
 from pipeline.stages.stopwatch import Stopwatch
@@ -60,6 +61,7 @@ class EncodeWorker:
             recipes = [self.stage.recipe(resolution) for resolution in wanted.values()]
             found = self.latents.make(self._pictures(job, images, commit), recipes)
             for (group, resolution), result in zip(wanted.items(), found, strict=True):
+                result.rejects[:] = placed(self.store, images, commit, result.rejects)
                 made[group] = self._commit_latents(job, group, resolution, result)
         if self.stage.text_group() in job.groups:
             made[self.stage.text_group()] = self._text(job, commit)
@@ -89,6 +91,7 @@ class EncodeWorker:
             image = stored_image(key, fields)
             if image is not None and key not in job.dropped:
                 yield image
+                advance(job.shard.id)
 
     def _commit_latents(self, job: Job, group: str, resolution: int, made: MadeLatents) -> Commit:
         keys = [sample["key"] for sample in made.samples]
@@ -118,6 +121,7 @@ class EncodeWorker:
             for key, caption in by_key.items()
             if not caption
         ]
+        rejects = placed(self.store, layout.images_group(stage.source), commit, rejects)
         by_key = {key: caption for key, caption in by_key.items() if caption}
         distinct = sorted(set(by_key.values()))
         with self.latents.encoder_turn:

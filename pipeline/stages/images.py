@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any, cast
 
 import pyarrow as pa
@@ -49,11 +49,15 @@ def write_images(
     items: Iterable[ImageSample | Reject],
     started: float,
     max_reject_rate: float = MAX_REJECT_RATE,
+    reads_as: str = "",
 ) -> Commit:
     """NNNNN.tar (key.png, key.txt, key.json), NNNNN.parquet, NNNNN_stats.json, then the commit.
 
     One picture at a time is in memory. The stats file holds times, so no commit names it and
     nothing depends on it.
+
+    Args:
+        reads_as: content of the generation whose pictures and captions these are, in other bytes.
     """
     rows: list[dict[str, Any]] = []
     keys: list[str] = []
@@ -91,6 +95,7 @@ def write_images(
             keys=keys,
             rejects=rejects,
             max_reject_rate=max_reject_rate,
+            reads_as=reads_as,
         )
 
 
@@ -222,3 +227,12 @@ def stored_rejects(store: Store, group: str, commit: Commit) -> list[Reject]:
 
 def _stored_rows(store: Store, group: str, commit: Commit) -> list[dict[str, Any]]:
     return from_parquet(read_file(store, group, commit, ".parquet")).to_pylist()
+
+
+def placed(store: Store, group: str, commit: Commit, rejects: list[Reject]) -> list[Reject]:
+    """Rejects of a stage that read this shard's pictures, with where each picture came from."""
+    if not any(reject.ref is None for reject in rejects):
+        return rejects
+    table = from_parquet(read_file(store, group, commit, ".parquet")).select(["key", "url"])
+    urls = dict(zip(*(column.to_pylist() for column in table.columns), strict=True))
+    return [replace(r, ref=r.ref or ImageRef(r.key, urls.get(r.key) or "", "")) for r in rejects]

@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import build_stage, load_config
@@ -26,9 +29,10 @@ from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
 from pipeline.plan import Choice, plan
 from pipeline.sources.coco2014 import Coco2014
-from pipeline.sources.files import transfer
+from pipeline.sources.files import archives, transfer
 from pipeline.sources.files.archives import BrokenArchive
 from pipeline.sources.files.transfer import TransferError
+from pipeline.sources.files.wds_samples import samples
 from pipeline.sources.journeydb import strip_flags
 from pipeline.sources.sa1b import SA1B
 from pipeline.sources.webdataset import WebDataset
@@ -503,6 +507,120 @@ def test_one_table_of_captions_for_all_tars(server, store, tmp_path):
     inputs = commits(store, "webdataset")["00000"].inputs
     assert inputs["settings"]["hub"] == {"me/mine": COMMIT}
     assert commits(store, "webdataset")["00000"].split == "val"
+
+
+DOTTED = [
+    ("photo.1.jpg", 1),
+    ("photo.1.txt", b"one"),
+    ("photo.2.jpg", 2),
+    ("photo.2.txt", b"two"),
+    ("other.5.jpg", 3),
+    ("other.5.txt", b"three"),
+    ("plain.jpg", 4),
+    ("plain.seg.png", 5),
+    ("plain.txt", b"four"),
+]
+
+
+def dotted(path: Path) -> str:
+    pairs = ((n, upstream.picture(d) if isinstance(d, int) else d) for n, d in DOTTED)
+    path.write_bytes(upstream.tar(pairs))
+    return str(path)
+
+
+def test_names_with_dots_are_grouped_as_webdataset_groups_them(store, tmp_path):
+    import webdataset
+
+    tar = dotted(tmp_path / "t.tar")
+    theirs = webdataset.WebDataset(tar, shardshuffle=False)  # pyright: ignore
+    groups = [(s["__key__"], {k for k in s if k[:2] != "__"}) for s in theirs]  # pyright: ignore
+    with open(tar, "rb"):
+        ours = samples(archives.members(Path(tar)))
+        assert [(s.stem, set(s.names)) for s in ours] == groups
+    run_here(stage("webdataset", tars=tar), store)
+    found = [(r["status"], r["caption"]) for r in rows(store, "webdataset", "00000")]
+    assert found == [("several-pictures", None), ("success", "three"), ("success", "four")]
+    kept = list(stored(store, "webdataset", "00000").values())
+    assert kept == [upstream.picture(3), upstream.picture(4)]
+    (reject,) = (r for r in rows(store, "webdataset", "00000") if r["status"] != "success")
+    assert reject["error_message"].endswith("has 2: 1.jpg, 2.jpg; see name_ends, image")
+    assert reject["url"] == f"{tar}/photo"
+
+
+def test_names_with_dots_of_other_habits(store, tmp_path):
+    tar = dotted(tmp_path / "t.tar")
+    last = stage("webdataset", tars=tar, name_ends="last-dot")
+    run_here(last, store)
+    found = [(r["status"], r["caption"]) for r in rows(store, "webdataset", "00000")]
+    assert found[:3] == [("success", "one"), ("success", "two"), ("success", "three")]
+    assert "name_ends" in last.settings.decisive()
+    assert "name_ends" not in stage("webdataset", tars=tar).settings.decisive()
+    chosen = Store(tmp_path / "chosen")
+    run_here(stage("webdataset", tars=tar, image="2.jpg"), chosen)
+    assert [r["caption"] for r in rows(chosen, "webdataset", "00000")] == ["two", None, None]
+    assert list(stored(chosen, "webdataset", "00000").values()) == [upstream.picture(2)]
+
+
+def test_a_tar_that_is_one_sample_is_not_held_in_memory(tmp_path):
+    members = ((f"photo.{n}.{e}", bytes(1000)) for n in range(50) for e in ("jpg", "txt"))
+    (tmp_path / "t.tar").write_bytes(upstream.tar(members))
+    (sample,) = samples(archives.members(tmp_path / "t.tar"))
+    assert len(sample.names) == 100
+    assert not sample.data
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (["cats/0001", "dogs/0001", "dogs/0002"], ["cats/0001", "dogs/0001", "dogs/0002"]),
+        (["0001", "0002"], [None, None, "0002"]),  # 0001 may be either
+        (["0001", "0002", "0002"], [None, None, None]),
+        (["dogs/0001", "0001"], [None, "dogs/0001", None]),
+    ],
+)
+def test_a_table_of_captions_is_joined_by_the_whole_name(store, tmp_path, keys, expected):
+    pictures = [("cats/0001.jpg", 1), ("dogs/0001.jpg", 2), ("dogs/0002.jpg", 3)]
+    (tmp_path / "t.tar").write_bytes(upstream.tar((n, upstream.picture(d)) for n, d in pictures))
+    texts = pa.array([f"of {key}" for key in keys]).dictionary_encode()
+    pq.write_table(pa.table({"key": keys, "TEXT": texts}), tmp_path / "t.parquet")
+    settings = {"tars": str(tmp_path / "t.tar"), "caption": "parquet:TEXT"}
+    wanted = [text and f"of {text}" for text in expected]
+    run_here(Download("webdataset", WebDataset(**settings), max_reject_rate=1.0), store)
+    assert [r["caption"] for r in rows(store, "webdataset", "00000")] == wanted
+    # A table of all tars may mean another tar's sample.
+    shared = WebDataset(**settings, sidecar=str(tmp_path / "t.parquet"))
+    other = Store(tmp_path / "other")
+    run_here(Download("webdataset", shared, max_reject_rate=1.0), other)
+    found = [r["caption"] for r in rows(other, "webdataset", "00000")]
+    assert found == [text if text and "/" in text else None for text in wanted]
+
+
+def test_one_caption_that_is_no_utf8_costs_one_sample(store, tmp_path):
+    tar = upstream.tar((f"{n}.jpg", upstream.picture(n)) for n in range(3))
+    (tmp_path / "t.tar").write_bytes(tar)
+    texts = pa.array([b"zero", b"caf\xe9", b"two"]).view(pa.string())
+    pq.write_table(pa.table({"key": ["0", "1", "2"], "TEXT": texts}), tmp_path / "t.parquet")
+    run_here(stage("webdataset", tars=str(tmp_path / "t.tar"), caption="parquet:TEXT"), store)
+    found = [(r["status"], r["caption"]) for r in rows(store, "webdataset", "00000")]
+    assert found == [("success", "zero"), ("caption-encoding", None), ("success", "two")]
+
+
+def test_only_the_users_star_is_a_pattern(tmp_path):
+    home = tmp_path / "set [1] {a}?"
+    for name in ("a[0].tar", "ab.tar", "a?.tar"):
+        (home / "x" / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / "x" / name).touch()
+    made = WebDataset(tars="x/a*.tar", base=str(home))
+    assert [s.spec[0] for s in made.shards()] == ["x/a?.tar", "x/a[0].tar", "x/ab.tar"]
+    memory = fsspec.filesystem("memory")
+    memory.pipe({f"/b[1]/x{n}/a[{n}]?.tar": b"" for n in range(2)} | {"/b1/x0/a0.tar": b""})
+    try:
+        made = WebDataset(tars="memory:///b[1]/x*/a*.tar")
+        names = [f"memory:///b[1]/x{n}/a[{n}]?.tar" for n in range(2)]
+        assert [s.spec[0] for s in made.shards()] == names
+    finally:
+        memory.rm("/b[1]", recursive=True)
+        memory.rm("/b1", recursive=True)
 
 
 def test_what_is_no_sample_is_a_reject_with_its_reason(server, store, tmp_path):

@@ -29,7 +29,7 @@ from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
 from pipeline.plan import Choice, plan
 from pipeline.progress import summarise
-from pipeline.report import Report, last
+from pipeline.report import Report
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.caption_text import Refused, finish, parse_steps, words_up_to
 from pipeline.stages.captions import Mix, chosen_captions, one_of, upstream
@@ -332,7 +332,7 @@ def test_a_runs_report_has_rates_and_counts_and_its_page_beside_it(downloaded, c
     assert (record["captions_per_s"], record["tokens_per_s"]) == (5.0, 75.0)
     assert record["counters"]["refusals"] == 1
     downloaded.write(path.removesuffix(".json") + ".html", b"a page")
-    assert last(downloaded, "openmoji", "caption") == record
+    assert "page" not in record  # its stage painted none
     summarise(report)
     assert "20 captions (5.0/s), 300 tokens (75.0/s)" in capsys.readouterr().out
 

@@ -14,6 +14,7 @@ from pipeline.cli import main
 from pipeline.core import drops, layout
 from pipeline.core.catalog import Catalog
 from pipeline.core.commits import read_commit, read_commits
+from pipeline.core.samples import ImageRef, ImageSample, InputShard
 from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
 from pipeline.core.tars import read_samples
@@ -23,6 +24,7 @@ from pipeline.sources.openmoji import OpenMoji
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.download import Download
 from pipeline.stages.encode import Encode, EncodeSettings
+from pipeline.stages.images import write_images
 from pipeline.verify import select, verify
 from tests.pipeline.roots import SETTINGS, mds_rows, pictures, run_here
 
@@ -79,13 +81,15 @@ def test_by_key_and_by_url(monkeypatch, capsys, tmp_path, downloaded):
     )
     assert "pipeline run all --source openmoji --stale" in lines[1]
     assert "pipeline prune --source openmoji" in lines[1]
-    assert lines[2:] == ["in no shard: 000009999"]
+    assert "pipeline drop --purge --source openmoji" in lines[1]
+    assert lines[2:] == ["in no shard: 000009999; nearest: 000000004 of openmoji"]
     assert drops.read(downloaded, "openmoji") == {
         "00000": {"000000001"},
         "00001": {"000010000"},
     }
     urls = [row["url"] for row in rows(downloaded, IMAGES)]
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{urls[0]}\n{urls[1]}\n"))
+    stdin = io.TextIOWrapper(io.BytesIO(f"{urls[0]}\n{urls[1]}\n".encode()))
+    monkeypatch.setattr("sys.stdin", stdin)
     code, out, _ = call(monkeypatch, capsys, "drop", "--urls", "-", *root)
     assert code == 0
     assert "1 samples of 1 shards are out now (00000: 1), 1 were out already" in out
@@ -124,6 +128,7 @@ def test_keys_of_several_sources_need_its_name(monkeypatch, capsys, tmp_path, do
 def test_a_list_is_read_a_line_an_entry():
     lines = ["a", " b ", "#c", "", "http://x/y#z", "d # why", "a"]
     assert read_list(lines) == ["a", "b", "http://x/y#z", "d"]
+    assert read_list(["\ufeff# why", "\ufeff\u00a0a\u3000", "b\t# why", "\u200b"]) == ["a", "b"]
 
 
 def test_keys_are_found_when_pictures_are_gone(store):
@@ -136,9 +141,6 @@ def test_keys_are_found_when_pictures_are_gone(store):
 
 
 def test_keys_that_do_not_begin_with_their_shard(tmp_path):
-    from pipeline.core.samples import ImageRef, ImageSample, InputShard
-    from pipeline.stages.images import write_images
-
     store = Store(tmp_path)
     picture = pictures(SOURCE)[0]
     for shard, key in (("00000", "apple"), ("00001", "00000-pear")):
@@ -151,6 +153,72 @@ def test_keys_that_do_not_begin_with_their_shard(tmp_path):
     )
     assert found.new == {"00000": {"apple"}, "00001": {"00000-pear"}}
     assert seen == [(1, 2), (2, 2)]
+
+
+LINKS = {
+    "000000000": "http://Example.org:80/a%20b.jpg",
+    "000000001": " https://b\u00fccher.example/\u00e4.jpg\u00a0",  # of an older version: as it came
+    "000000002": "http://example.org/other.jpg?size=1",
+    "000000003": "dogs/Cafe\u0301.jpg",
+}
+
+
+@pytest.fixture
+def linked(tmp_path) -> Store:
+    """Pictures whose links are spelt in several ways."""
+    store = Store(tmp_path / "root")
+    data = pictures(SOURCE)[0].data
+    samples = [
+        ImageSample(ImageRef(key, link, "x"), data, "png", 64, 64, 64, 64)
+        for key, link in LINKS.items()
+    ]
+    write_images(store, IMAGES, InputShard("00000", "train"), {}, samples, 0.0)
+    return store
+
+
+@pytest.mark.parametrize(
+    ("entry", "key"),
+    [
+        ("\ufeffHTTP://EXAMPLE.ORG/a b.jpg", "000000000"),
+        ("http://example.org/x/../a%20b.jpg#top", "000000000"),
+        ("https://xn--bcher-kva.example:443/%C3%A4.jpg", "000000001"),
+        ("https://B\u00dcCHER.example/a\u0308.jpg", "000000001"),
+        ("http://example.org/other.jpg?siz%65=1", "000000002"),
+        ("dogs/Caf\u00e9.jpg", "000000003"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_another_spelling_of_a_link(monkeypatch, capsys, tmp_path, linked, entry, key, encoding):
+    path = tmp_path / "list.txt"
+    path.write_text(f"{entry}\r\n", encoding=encoding)
+    code, _, _ = call(monkeypatch, capsys, "drop", "--urls", str(path), "--root", linked.root)
+    assert (code, drops.read(linked, "openmoji")) == (0, {"00000": {key}})
+    assert drops.read_links(linked, "openmoji") == {drops.link_hash(LINKS[key])}
+
+
+def test_what_is_not_found_says_what_comes_nearest(monkeypatch, capsys, tmp_path, linked):
+    path = tmp_path / "list.txt"
+    entries = [
+        "https://www.example.org/other.jpg?size=1",
+        "http://example.org/other.jpeg?size=1",
+        "http://nowhere.test/zzz",
+    ]
+    path.write_text("\n".join(entries))
+    code, out, _ = call(monkeypatch, capsys, "drop", "--urls", str(path), "--root", linked.root)
+    near = f"nearest: {LINKS['000000002']}, key 000000002 of openmoji"
+    assert code == 1
+    assert out.splitlines()[1:] == [
+        f"in no shard: {entries[0]}; {near}",
+        f"in no shard: {entries[1]}; {near}",
+        f"in no shard: {entries[2]}; no url comes near it",
+    ]
+    path.write_text("\ufeff 000000002.jpg\n000000002\u200b")
+    code, out, _ = call(monkeypatch, capsys, "drop", "--keys", str(path), "--root", linked.root)
+    assert drops.read(linked, "openmoji") == {"00000": {"000000002"}}
+    assert (code, out.splitlines()[-1]) == (
+        1,
+        "in no shard: 000000002.jpg; nearest: 000000002 of openmoji",
+    )
 
 
 def test_from_the_list_to_the_last_byte(monkeypatch, capsys, tmp_path, store):

@@ -10,9 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline.core.commits import read_commit
 from pipeline.core.errors import SettingError, StorageError
 from pipeline.core.samples import RawImage, Reject
-from pipeline.core.store import Store
+from pipeline.core.store import Store, fingerprint
+from pipeline.core.tables import from_parquet
 from pipeline.plan import Choice
 from pipeline.sources.folder import Folder
 from pipeline.stages.download import Download
@@ -140,6 +142,89 @@ def test_texts_of_other_editors(cats, encoding):
     assert fetch(Folder(folder=str(cats)))["a.jpg"] == "Käse, 猫"
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize(
+    "text", ["Cafe", "Käse\n", "a 猫 cat", "猫が 二匹\n", "ein Käse, 猫 👨‍👩‍👧"]
+)
+def test_utf16_without_its_mark(cats, encoding, text):
+    (cats / "a.txt").write_bytes(text.encode(encoding))
+    assert fetch(Folder(folder=str(cats)))["a.jpg"] == text
+
+
+@pytest.mark.parametrize(
+    ("data", "encoding"),
+    [
+        ("Café".encode("latin-1"), "latin-1"),
+        ("猫の写真".encode("shift_jis"), "shift_jis"),
+        ("кот".encode("koi8-r"), "koi8-r"),
+        ("niño".encode("mac-roman"), "mac-roman"),
+        ("猫".encode()[:-1], "big5"),
+        (b"\xff\xfea\0b", "auto"),
+    ],
+)
+def test_a_caption_in_another_encoding_is_a_reject_and_never_has_holes(cats, data, encoding):
+    (cats / "a.txt").write_bytes(data)
+    source = Folder(folder=str(cats))
+    (shard,) = source.shards()
+    (reject,) = (item for item in source.fetch(shard) if isinstance(item, Reject))
+    assert reject.reason == "caption-encoding"
+    assert reject.detail.startswith("a.txt: no utf-")
+    assert reject.ref is not None
+    assert reject.ref.url == "a.jpg"
+    if encoding not in ("auto", "big5"):
+        named = Folder(folder=str(cats), encoding=encoding)
+        assert fetch(named)["a.jpg"] == data.decode(encoding)
+        assert named.decisive() != source.decisive()
+
+
+def test_the_text_beside_a_picture_in_any_case(cats):
+    for stem, name in (("IMG_1", "IMG_1.TXT"), ("Img_2", "iMG_2.txt"), ("x", "x.Txt"), ("X", "")):
+        (cats / f"{stem}.JPG").write_bytes(jpeg(ord(stem[0]) + len(name)))
+        if name:
+            (cats / name).write_text(f"text {name}")
+    entries = {entry[0]: entry for spec in specs(cats) for entry in spec[3]}
+    found = fetch(Folder(folder=str(cats)))
+    assert found["IMG_1.JPG"] == "text IMG_1.TXT"
+    assert found["Img_2.JPG"] == "text iMG_2.txt"
+    assert found["x.JPG"] == "text x.Txt"
+    assert "X.JPG" not in found  # x.Txt is another picture's
+    assert entries["IMG_1.JPG"][2:] == ("IMG_1.TXT",)
+    assert len(entries["a.jpg"]) == 2  # or its shard would be stale
+
+
+RAW = ("more/d.CR2", "b.mov", "zz.dng")
+
+
+def test_what_is_no_picture_by_its_name_is_a_reject_that_fails_no_shard(cats, tmp_path):
+    before = specs(cats)
+    for name in RAW:
+        (cats / name).write_bytes(b"II*\0" + bytes(100))
+    after = specs(cats)
+    # Behind the pictures of the shard where their names would be: no picture's key moves.
+    assert [[entry[0] for entry in spec[3]] for spec in after] == [
+        ["a.jpg", "b.jpg", "b.mov"],
+        ["more/c.jpg", "more/d.CR2", "zz.dng"],
+    ]
+    assert after[0][3][:2] == before[0][3]
+    source = Folder(folder=str(cats), samples_per_shard=2)
+    store = Store(tmp_path / "root")
+    run_here(Download("folder", source, max_reject_rate=0.0), store)
+    commit = read_commit(store, "folder/images", "00001")
+    assert commit is not None
+    assert (commit.samples, commit.rejects) == (1, {"undecodable": 2})
+    (name,) = (name for name in commit.files if name.startswith("rejects/"))
+    rows = from_parquet(store.read(f"folder/images/{name}")).to_pylist()
+    assert [row["place"] for row in rows] == ["more/d.CR2", "zz.dng"]
+    assert rows[0]["detail"].endswith("camera raw: develop it to a JPEG or TIFF first")
+    table(
+        cats, "t.csv", [{"file_name": "zz.dng", "text": "t"}, {"file_name": "a.jpg", "text": "t"}]
+    )
+    assert fetch(Folder(folder=str(cats), table="t.csv")) == {
+        "000000000": "undecodable",
+        "a.jpg": "t",
+    }
+
+
 # Order.
 
 
@@ -256,6 +341,87 @@ def test_a_table_that_changes_under_way_is_not_mixed(cats):
         list(source.fetch(shard))
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
+def test_a_stray_quote_in_a_table_gives_no_picture_anothers_caption(cats, name):
+    comma = "," if name == "t.csv" else "\t"
+    lines = ["file_name{0}text", 'a.jpg{0}"opens', "b.jpg{0}plain", 'more/c.jpg{0}closes"']
+    (cats / name).write_text("\n".join(lines).format(comma) + f"\na.jpg{comma}1{comma}2\n")
+    found = fetch(Folder(folder=str(cats), table=name))
+    closes = {"b.jpg": "plain", "more/c.jpg": 'closes"', "000000003": "malformed-row"}
+    opens = {"000000000": "malformed-row"} if comma == "," else {"a.jpg": '"opens'}
+    assert found == {**opens, **closes}
+
+
+# Sizes of shards and held-out pictures.
+
+
+def many(home, count: int) -> None:
+    for number in range(count):
+        (home / f"{number:04d}.jpg").touch()
+        (home / f"{number:04d}.txt").write_text("t")
+
+
+def test_shards_of_an_older_version_are_not_stale(cats):
+    """What enters a fingerprint is what it was, where nothing new is used."""
+    table(cats, "t.csv", ROWS[:1])
+    (spec,) = specs(cats, table="t.csv")
+    size = os.path.getsize(cats / "b.jpg")
+    version = f"{size}-{int(os.path.getmtime(cats / 'b.jpg'))}"
+    assert spec[:2] == (fingerprint([[size, version]]), fingerprint([["b.jpg", "007"]]))
+    assert spec[2:] == (0, (("b.jpg", size),))
+    usual = {"captions": "own", "max_file_bytes": 100_000_000}
+    assert Folder(folder=str(cats)).decisive() == usual
+
+
+def test_a_small_folder_makes_many_shards_and_keeps_their_size(tmp_path):
+    home, root = tmp_path / "many", Store(tmp_path / "root")
+    home.mkdir()
+
+    def sizes(store: Store = root) -> list[int]:
+        source = Folder(folder=str(home))
+        source.attach(store, "cats/lists")
+        return [source.samples(shard) for shard in source.shards()]
+
+    many(home, 40)
+    assert sizes() == [16, 16, 8]
+    many(home, 400)
+    assert sizes() == [16] * 25  # the first sixteen are what they were
+    assert sizes(Store(tmp_path / "other")) == [25] * 16
+    old = Store(tmp_path / "old")  # of a version that knew one size
+    old.write("cats/images/commits/00000.json", b"{}")
+    assert sizes(old) == [400]
+    assert not old.exists("cats/lists/samples_per_shard.json")
+    root.write("cats/lists/samples_per_shard.json", b"[")
+    with pytest.raises(SettingError, match="is no size of a shard; set samples_per_shard"):
+        sizes()
+
+
+def test_a_share_of_the_pictures_is_held_out_by_their_names(tmp_path):
+    many(tmp_path, 300)
+
+    def sides(**more) -> dict[str, str]:
+        made = Folder(folder=str(tmp_path), holdout=0.1, captions="none", **more)
+        return {entry[0]: shard.split for shard in made.shards() for entry in shard.spec[3]}
+
+    before = sides()
+    assert len(before) == 300
+    assert 15 <= sum(side == "heldout" for side in before.values()) <= 45
+    (tmp_path / "0000a.jpg").touch()
+    assert {name: side for name, side in sides().items() if name in before} == before
+    assert sides(samples_per_shard=7).items() >= before.items()
+    ids = [s.id for s in Folder(folder=str(tmp_path), holdout=0.1).shards() if s.split != "train"]
+    assert ids[0] == "90000"  # whatever comes to the others
+    rows = [{"file_name": name} for name in before]
+    table(tmp_path, "t.csv", rows)
+    assert sides(table="t.csv") == before
+    source = Folder(folder=str(tmp_path), holdout=0.1, captions="none", table="t.csv")
+    for shard in source.shards():
+        items = list(source.fetch(shard))
+        assert {before[i.ref.url] for i in items if i.ref is not None} == {shard.split}
+    with pytest.raises(ValueError, match="takes its share of split=train alone"):
+        Folder(folder=str(tmp_path), holdout=0.1, split="val")
+
+
 # Links and other things that are no files.
 
 
@@ -321,7 +487,7 @@ def test_a_file_over_the_limit_is_not_read(cats):
         ({"table": "broken.csv"}, "cannot be read"),
         ({"table": "empty.csv"}, "no rows|cannot be read"),
         ({"table": "twice.csv"}, "cannot be read: two columns of the name 'text'"),
-        ({"table": "lists.jsonl"}, r"caption_col=text: a list in row 2 of lists.jsonl"),
+        ({"table": "lists.jsonl"}, r"line 1: text holds a list, needs text; --kind hf"),
         ({"caption_extension": ".cap"}, "captions=own.*set table: broken.csv"),
     ],
 )
@@ -332,7 +498,7 @@ def test_settings_that_cannot_be_used(cats, settings, message):
     (cats / "broken.parquet").write_bytes(b"PAR1")
     (cats / "empty.csv").write_text("file_name,text\n")
     (cats / "twice.csv").write_text("file_name,text,text\na.jpg,one,two\n")
-    table(cats, "lists.jsonl", [{"file_name": "a.jpg", "text": t} for t in ("one", ["two"])])
+    table(cats, "lists.jsonl", [{"file_name": "a.jpg", "text": [t]} for t in ("one", "two")])
     with pytest.raises(SettingError, match=message) as error:
         Folder(**{"folder": str(cats), **settings}).shards()
     assert "\n" not in str(error.value)

@@ -378,3 +378,27 @@ def test_a_run_from_the_hub_is_repeatable(server, tmp_path):
         source = HubDataset(repo="cats/many", samples_per_shard=4)
         assert run_here(Download("hf", source), Store(tmp_path / name), Choice()) == 4
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+def test_text_that_is_no_utf8_costs_its_row_alone(tmp_path):
+    bad = [b"zero", b"caf\xe9", b"two", b"three"]
+    names = pa.array([b"a.jpg", b"caf\xe9.jpg", b"c.jpg", None]).view(pa.string())
+    pictures = pa.array([jpeg(n) for n in range(4)], pa.binary())
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 2, 4, 4]), pa.array(bad).view(pa.string()))
+    for number, texts in enumerate((pa.array(bad).view(pa.string()), lists)):
+        struct = pa.StructArray.from_arrays([pictures, names], ["bytes", "path"])
+        home = tmp_path / f"{number} [1] *?"
+        home.mkdir()
+        pq.write_table(pa.table({"image": struct, "text": texts}), home / "train-[0].parquet")
+        made = HubDataset(repo=str(home), captions="first")
+        (shard,) = made.shards()
+        found = [i.reason if isinstance(i, Reject) else i.ref.caption for i in made.fetch(shard)]
+        last = "three" if number == 0 else "no-caption"
+        assert found == ["zero", "caption-encoding", "two", last]
+    categories = pa.array(["a", "b", "a", "b"]).dictionary_encode()
+    home = tmp_path / "categories"
+    home.mkdir()
+    pq.write_table(pa.table({"image": pictures, "text": categories}), home / "train.parquet")
+    made = HubDataset(repo=str(home))
+    found = [item.ref.caption for item in made.fetch(made.shards()[0]) if item.ref is not None]
+    assert found == ["a", "b", "a", "b"]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.sources.web import http_answer, http_client, http_robots
 from pipeline.sources.web.http import FetchError, HttpSettings, fetch_all
-from pipeline.sources.web.http_address import Refused, anyone, parse, public_only
+from pipeline.sources.web.http_address import Refused, anyone, parse, public_only, spelled
 from pipeline.sources.web.http_client import Client, Seam
 from pipeline.sources.web.http_room import Order, Room
 from tests.pipeline import web as servers
@@ -399,6 +399,36 @@ def test_an_error_of_ours_is_no_failed_download(web, monkeypatch):
 
 
 # ---- redirects
+
+
+@pytest.mark.parametrize(
+    ("location", "path"),
+    [
+        ("/caf\xe9.jpg", "/caf%E9.jpg"),  # a byte of Latin-1
+        ("/caf\xc3\xa9.jpg?q=\xe9&s=a%2Fb", "/caf%C3%A9.jpg?q=%E9&s=a%2Fb"),
+        ("/\xb2\xe2.jpg", "/%B2%E2.jpg"),  # GBK
+        ("/a b.jpg", "/a%20b.jpg"),
+    ],
+)
+def test_a_redirect_to_bytes_asks_for_these_bytes(web, location, path):
+    web.route("/old", servers.redirect(location))
+    web.route(path, servers.data(PICTURE))
+    assert get(web.url + "/old", robots=False) == PICTURE
+    assert [hit.path for hit in web.hits] == ["/old", path]
+
+
+def test_a_redirect_to_a_host_of_another_script():
+    assert spelled("http://b\udcfccher.test/\udce9") == "http://xn--bcher-kva.test/%E9"
+    assert spelled("//bücher.test:8080/é") == "//xn--bcher-kva.test:8080/%C3%A9"
+    assert spelled("é?a:b//c") == "%C3%A9?a:b//c"
+
+
+def test_long_headers_cost_no_picture(web):
+    cookie = "x" * 40_000
+    web.add("/a.jpg", PICTURE, Set_Cookie=cookie, Content_Security_Policy=cookie)
+    assert get(web.url + "/a.jpg") == PICTURE
+    web.add("/b.jpg", PICTURE, Set_Cookie="x" * 200_000)
+    assert failure(web.url + "/b.jpg")[1].startswith("no HTTP")
 
 
 def test_redirects_are_followed_and_counted(web):

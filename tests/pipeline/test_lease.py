@@ -118,3 +118,59 @@ def test_no_signature_or_password_lies_under_the_root(tmp_path):
         "pipeline run download --set 'links=https://host/list.tsv' "
         "--set base=https://host/list.tsv --workers 2"
     )
+
+
+HOLD = """
+import sys, time
+from pipeline.core import lease
+from pipeline.core.errors import SettingError
+from pipeline.core.store import Store
+while time.time() < float(sys.argv[2]):
+    pass
+try:
+    with lease.held(Store(sys.argv[1]), [""], "train"):
+        time.sleep(1.5)
+except SettingError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_of_several_that_start_at_once_one_holds_it(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path), str(time.time() + 1.5)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 1, 1, 1]
+    assert all(f"{tmp_path} is being written by" in error for error in errors if error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_was_taken_for_dead_hears_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    store = Store(tmp_path)
+    with lease.held(store, [""], "") as holding:
+        (name,) = store.names("leases")
+        store.delete(f"leases/{name}")  # and nobody took it over
+        deadline = time.monotonic() + 10
+        while store.names("leases") != [name]:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert holding.lost == ""
+        store.write("leases/far-1-2.json", other("far-1-2"))
+        store.delete(f"leases/{name}")
+        while not holding.lost:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert holding.lost == f"{tmp_path} is being written by process 1 on far (pipeline run)"
+        assert store.names("leases") == ["far-1-2.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]"])
+def test_a_damaged_lease(tmp_path, content):
+    store, me = Store(tmp_path), process.identity(os.getppid())
+    store.write(f"leases/{me}.json", content)
+    store.write("leases/notes.json", b"")
+    with (
+        pytest.raises(SettingError, match="of which nothing is known"),
+        lease.held(store, [""], ""),
+    ):
+        pytest.fail("held")

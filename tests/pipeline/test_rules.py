@@ -108,7 +108,7 @@ def test_sizes_are_judged_as_the_picture_came():
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_a_small_picture_is_not_decoded(monkeypatch, kind):
-    monkeypatch.setattr("pipeline.core.rules.read_pixels", lambda data: pytest.fail("decoded"))
+    monkeypatch.setattr("pipeline.core.rules.read", lambda data: pytest.fail("decoded"))
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
     assert reason(raw(drawn(255, 900), kind)) == "too-small"
 

@@ -227,7 +227,15 @@ def test_an_unreadable_picture_is_a_counted_reject_everywhere(tmp_path):
     store = Store(tmp_path)
     shard = InputShard("00000", "train")
     good = pictures()
-    bad = ImageSample(ImageRef("000009999", "x:", "a ruin"), b"\x89PNG broken", "png", 1, 1, 1, 1)
+    bad = ImageSample(
+        ImageRef("000009999", "https://me:s3@h/a b.png?s3cr3t", "a ruin"),
+        b"\x89PNG broken",
+        "png",
+        1,
+        1,
+        1,
+        1,
+    )
     # Found at download ...
     found = keep(RawImage(bad.ref, bad.data), SETTINGS.rules)
     assert isinstance(found, Reject)
@@ -245,9 +253,11 @@ def test_an_unreadable_picture_is_a_counted_reject_everywhere(tmp_path):
         (row,) = rejects_of(store, group, commit)
         assert row["key"] == "000009999"
         assert "cannot identify" in row["detail"]
+        assert row["place"] == "https://h/a b.png"  # which one it was, and nothing secret
     text = layout.text_group("openmoji", "tiny-clip", "colour", "trimmed")
     (commit,) = read_commits(store, text).values()
     assert commit.rejects == {"no-caption": 1}
+    assert rejects_of(store, text, commit)[0]["place"] == "https://h/a b.png"
 
 
 def rejects_of(store: Store, group: str, commit: Commit) -> list[dict[str, Any]]:

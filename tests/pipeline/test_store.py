@@ -181,3 +181,18 @@ def test_drops_add_up_and_are_read_by_shard(store):
     store.write_json("s/drops/new.json", {"schema": 99, "shards": {}})
     with pytest.raises(SettingError, match="schema 99"):
         drops.read(store, "s")
+
+
+def test_names_that_look_like_patterns_are_names():
+    import fsspec
+
+    names = ["a[1].jpg", "a*.jpg", "a?.jpg", "plain.jpg", "[ab]/c.jpg", "a1.jpg"]
+    store = Store("memory://patterns")
+    try:
+        for name in names:
+            store.write(name, name.encode())
+        wanted = [*names, "gone[1].jpg", "b*"]
+        assert list(store.read_many(wanted)) == [*(n.encode() for n in names), None, None]
+        assert sorted(entry.path for entry in store.walk("")) == sorted(names)
+    finally:
+        fsspec.filesystem("memory").rm("/patterns", recursive=True)

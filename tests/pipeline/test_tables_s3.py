@@ -63,6 +63,17 @@ def test_a_folder_in_a_bucket_gives_what_a_local_one_gives(server, cats, tmp_pat
     assert tars[0] == tars[1]
 
 
+def test_names_that_look_like_patterns_are_names(server):
+    names = ("a[1]", "a*", "a?b", "{c}", "d#e", "plain", "a1")
+    files = {f"{n}.jpg": jpeg(i) for i, n in enumerate(names)} | {
+        f"{n}.txt": n.encode() for n in names
+    }
+    source = Folder(folder=upload(server, "set [1]", files))
+    items = [item for shard in source.shards() for item in source.fetch(shard)]
+    found = {i.ref.url: (i.ref.caption, i.data) for i in items if isinstance(i, RawImage)}
+    assert found == {f"{n}.jpg": (n, files[f"{n}.jpg"]) for n in names}
+
+
 def test_what_is_replaced_in_a_bucket_makes_its_shard_stale(server):
     url = upload(server, "two", {n: jpeg(1) for n in ("a.jpg", "b.jpg")} | {"a.txt": b"a"})
     source = Folder(folder=url, samples_per_shard=1)

@@ -3,10 +3,12 @@ from __future__ import annotations
 import errno
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -165,21 +167,153 @@ def test_a_column_that_is_not_wanted_may_have_any_name(tmp_path, store, format):
         source(store, url_list=str(path), url_col="link", caption_col="link").shards()
 
 
-def test_bytes_that_are_no_text_cost_a_letter_and_not_the_list(tmp_path, store):
+def faults_of(made: Urls) -> list[str]:
+    place = made._place()
+    return [row.fault for s in made.shards() for row in url_lists.read(*place, s.spec[0])]
+
+
+def test_text_in_another_encoding_is_named_or_a_reject_and_never_holes(tmp_path, store):
     path = tmp_path / "list.csv"
-    path.write_bytes("url,caption\nhttp://h/0,café\nhttp://h/1,thé\n".encode("latin-1"))
+    path.write_bytes("url,caption\nhttp://h/0,café\nhttp://h/1,tea\n".encode("latin-1"))
+    made = source(store, url_list=str(path))
+    assert rows_of(made) == [(None, None), ("http://h/1", "tea")]
+    (reject, _) = made.fetch(made.shards()[0])
+    assert isinstance(reject, Reject)
+    assert reject.reason == "malformed-row"
+    assert reject.detail.startswith("line 2: caption: no text in the file's encoding: byte 0xe9")
+    assert "set encoding, e.g. cp1252" in reject.detail
+    named = source(store, url_list=str(path), encoding="cp1252")
+    assert rows_of(named) == [("http://h/0", "café"), ("http://h/1", "tea")]
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-8-sig"):
+        path.write_bytes("url,caption\nhttp://h/0,café 猫\n".encode(encoding))
+        assert rows_of(source(store, url_list=str(path))) == [("http://h/0", "café 猫")]
+
+
+STRAY = [
+    "url{0}caption",
+    "u://0{0}plain",
+    'u://1{0}"begins with a quote',
+    'u://2{0}a 5" screen',
+    'u://3{0}"The end" he said',
+    'u://4{0}a screen of 5"',
+    'u://5{0}"an unclosed one',
+    'u://6{0}"wholly quoted, ""and"" so on"',
+    "u://7{0}one{0}too many",
+    "u://8",
+    "u://9{0}last",
+]
+
+
+@pytest.mark.parametrize("comma", [",", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_stray_quote_swallows_no_row(tmp_path, store, comma, end):
+    """A row is read, or is a reject with its line: none gets another one's caption."""
+    path = tmp_path / ("list.csv" if comma == "," else "list.tsv")
+    path.write_bytes(end.join(line.format(comma) for line in STRAY).encode())
+    made = source(store, url_list=str(path))
+    found, faults = rows_of(made), faults_of(made)
+    assert len(found) == len(STRAY) - 1
+    good = {int(url[4:]): caption for url, caption in found if url}
+    expected = {0: "plain", 2: 'a 5" screen', 4: 'a screen of 5"', 9: "last"}
+    expected[6] = 'wholly quoted, "and" so on'
+    if comma == "\t":  # a quote is a letter there
+        expected |= {1: '"begins with a quote', 3: '"The end" he said', 5: '"an unclosed one'}
+    assert good == expected
+    assert [at for at, fault in enumerate(faults) if fault] == [
+        at for at in range(10) if at not in expected
+    ]
+    assert faults[7] == "line 9: 3 fields, the header has 2"
+    assert faults[8] == "line 10: 1 fields, the header has 2"
+    assert all(f.startswith(f"line {at + 2}: ") for at, f in enumerate(faults) if f)
+
+
+def test_a_caption_of_several_lines_is_none_of_the_rows(tmp_path, store):
+    """By the format it may be one, and by what is in it it may be rows."""
+    path = tmp_path / "list.csv"
+    path.write_text('url,caption\nu://0,"two\nlines, and a comma"\nu://1,b\n')
     assert rows_of(source(store, url_list=str(path))) == [
-        ("http://h/0", "caf\ufffd"),
-        ("http://h/1", "th\ufffd"),
+        ("u://0", "two\nlines, and a comma"),
+        ("u://1", "b"),
+    ]
+    path.write_text('caption,url\n"opens,u://0\nb,u://1\ncloses",u://2\nd,u://3\n')
+    made = source(store, url_list=str(path))
+    assert [url for url, _ in rows_of(made)] == [None, "u://1", "u://2", "u://3"]
+    path = tmp_path / "list.tsv"
+    path.write_text('url\tcaption\nu://0\t"two\nlines"\nu://1\t"opens\nu://2\tcloses"\n')
+    assert rows_of(source(store, url_list=str(path))) == [
+        ("u://0", "two\nlines"),
+        ("u://1", '"opens'),
+        ("u://2", 'closes"'),
     ]
 
 
-def test_a_row_that_does_not_fit_is_named_but_not_quoted(tmp_path, store):
-    path = tmp_path / "list.csv"
-    path.write_text("url,caption\nhttp://h/0,good\nhttp://h/1?sig=s3cr3t,a, b\n")
-    with pytest.raises(SettingError, match=r"Row #3: Expected 2 columns, got 3$") as error:
-        source(store, url_list=str(path)).shards()
-    assert "s3cr3t" not in str(error.value)
+def test_malformed_rows_are_counted_rejects_through_the_stage(tmp_path, store, web, capsys):
+    web.add("/0.jpg", photo(0))
+    path = tmp_path / "list.jsonl"
+    good = json.dumps({"url": web.url + "/0.jpg", "caption": "zero"})
+    path.write_text(f'{good}\n{{"url": "http://h/1?sig=s3cr3t", \n[1]\n')
+    made = source(store, url_list=str(path))
+    assert run(store, made) == 1
+    told = capsys.readouterr().err
+    assert "2 of 3 rows are malformed and become rejects; the first: line 2: no JSON" in told
+    commit = read_commit(store, IMAGES, "00000")
+    assert commit is not None
+    assert (commit.samples, commit.rejects) == (1, {"malformed-row": 2})
+    assert b"s3cr3t" not in b"".join(tree(Path(store.root)).values())
+
+
+@pytest.mark.parametrize("comma", [",", "\t"])
+def test_well_formed_tables_are_read_as_img2dataset_reads_them(tmp_path, store, comma):
+    """Its reader, from its own file: the package takes seconds to import."""
+    texts = ["plain", 'say ""hi""', "a, b", "007x", "", "a\tb", "ünï", "ends with ''", "x" * 9000]
+    rows = [f'http://h/{n}{comma}"{text}"' for n, text in enumerate(texts)]
+    rows += [f'http://h/{len(rows)}{comma}bare 5" text', ""]
+    format = "csv" if comma == "," else "tsv"
+    path = tmp_path / f"list.{format}"
+    path.write_text("\n".join([f"url{comma}caption", *rows]))
+    package = importlib.util.find_spec("img2dataset")
+    assert package is not None
+    assert package.submodule_search_locations
+    module = runpy.run_path(str(Path(package.submodule_search_locations[0], "reader.py")))
+    reader = module["Reader"](
+        str(path), format, "url", "caption", None, None, None, 10_000, set(), str(tmp_path)
+    )
+    ((_, feather),) = reader
+    with pa.OSFile(feather) as file:
+        theirs = pa.ipc.open_file(file).read_all().to_pylist()
+    ours = rows_of(source(store, url_list=str(path)))
+    assert ours == [(row["url"], row["caption"]) for row in theirs]
+
+
+def test_a_list_that_an_older_version_has_read_is_read_again_and_stays_what_it_was(tmp_path, store):
+    path = csv_of(tmp_path / "list.csv", ROWS)
+    shards = source(store, url_list=path).shards()
+    (record,) = (n for n in store.names(LISTS) if n.endswith(".json"))
+    kept = store.read_json(f"{LISTS}/{record}")
+    for file in kept["files"]:
+        del file["reader"]
+    store.write_json(f"{LISTS}/{record}", kept)
+    assert source(store, url_list=path).shards() == shards
+    assert store.read_json(f"{LISTS}/{record}")["files"][0]["reader"] == url_lists.READER
+
+
+def test_columns_as_pandas_and_polars_write_them(tmp_path, store):
+    """Dictionary-encoded, large and categorical strings; one value that is no UTF-8."""
+    urls = [f"http://h/{n}" for n in range(4)]
+    captions = ["a", "b", "a", "c"]
+    path = tmp_path / "list.parquet"
+    large = pa.array(urls, pa.large_string())
+    pq.write_table(
+        pa.table({"url": large, "caption": pa.array(captions).dictionary_encode()}), path
+    )
+    assert rows_of(source(store, url_list=str(path))) == list(zip(urls, captions, strict=True))
+    bad = pa.array([b"a", b"caf\xe9", None, b"c"]).view(pa.string())
+    pq.write_table(pa.table({"url": urls, "caption": bad}), path)
+    made = source(store, url_list=str(path))
+    assert [caption for _, caption in rows_of(made)] == ["a", None, None, "c"]
+    assert faults_of(made)[1] == "row 2: caption: no UTF-8"
+    pq.write_table(pa.table({"url": urls, "caption": bad.dictionary_encode()}), path)
+    assert faults_of(source(store, url_list=str(path)))[1] == "row 2: caption: no UTF-8"
 
 
 def test_a_folder_of_lists_is_read_in_order_of_name(tmp_path, store):
@@ -188,6 +322,8 @@ def test_a_folder_of_lists_is_read_in_order_of_name(tmp_path, store):
     csv_of(folder / "b.csv", ROWS[4:])
     csv_of(folder / "a.csv", ROWS[:4])
     (folder / "_SUCCESS").touch()
+    (folder / "a.csv.parquet").mkdir()
+    (folder / "aa.csv").mkdir()
     made = source(store, url_list=str(folder), number_sample_per_shard=3)
     assert rows_of(made) == ROWS
     assert [s.spec[1] for s in made.shards()] == [3, 1, 3]  # each file begins a shard
@@ -202,7 +338,7 @@ def test_a_folder_of_lists_is_read_in_order_of_name(tmp_path, store):
 def test_planning_again_reads_no_list(tmp_path, store, monkeypatch):
     path = csv_of(tmp_path / "list.csv", ROWS)
     first = source(store, url_list=path).shards()
-    monkeypatch.setattr(url_table, "reader_class", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(url_table, "_tables", lambda *_: pytest.fail("read again"))
     assert source(store, url_list=path).shards() == first
     assert source(store, url_list=path, retries=9, robots=False).shards() == first
 
@@ -310,12 +446,11 @@ def test_a_column_that_is_not_there_is_named(tmp_path, store, format):
     ("name", "data", "message"),
     [
         ("list.csv", b"", "no such column"),
-        ("list.csv", b'url,caption\n"', "url_list=.*not a table in format csv"),
         ("list.parquet", b"PAR1 no", "url_list=.*not a table in format parquet"),
         ("list.json", b"{", "url_list="),
         ("list.json", b"[1, 2]", "a row is no JSON object"),
         ("list.csv", b'url,"caption\n' + b"http://h/0,x\n" * 20_000, "not a table in format csv"),
-        ("list.csv", "url,caption\nhttp://h/0,x\n".encode("utf-16"), "its header is no UTF-8"),
+        ("list.csv", "url,caption é\nhttp://h/0,x\n".encode("latin-1"), "its header is no UTF-8"),
         ("list.csv", b"url,caption\n", "no row in it that is wanted"),
         ("list.csv.gz", b"url,caption\n", "url_list="),
         ("list.dat", b"url,caption\n", "set input_format, one of"),
@@ -397,6 +532,16 @@ def test_a_list_becomes_tars_as_img2dataset_lays_them_out(tmp_path, store, web):
     assert not plan(Download("urls", patient), Catalog(store)).stale
     rude = source(store, url_list=made.url_list, number_sample_per_shard=10, robots=False)
     assert plan(Download("urls", rude), Catalog(store)).stale
+
+
+def test_what_stands_around_a_link_is_no_part_of_it(tmp_path, store, web):
+    link = web.add("/0.jpg", photo(0))
+    path = tmp_path / "list.jsonl"
+    rows = [f"\ufeff{link}", f"\u00a0 {link}\u200b"]
+    path.write_text("".join(json.dumps({"url": row, "caption": "x"}) + "\n" for row in rows))
+    made = source(store, url_list=str(path))
+    found = list(made.fetch(made.shards()[0]))
+    assert [(item.ref.url, item.data) for item in found] == [(link, photo(0))] * 2
 
 
 def test_keys_are_those_of_img2dataset(tmp_path, store):
@@ -502,9 +647,11 @@ def test_a_full_scratch_disk_is_named(tmp_path, store, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(url_table, "reader_class", lambda *_: lambda **_: full())
+    monkeypatch.setattr(url_table, "scratch_folder", full)
+    with fsspec.open(f"memory://{tmp_path.name}/list.csv", "w") as file:
+        file.write("url,caption")  # pyright: ignore
     with pytest.raises(SettingError, match=r"no space left to read url_list=.*MICRODIT_SCRATCH"):
-        source(store, url_list=csv_of(tmp_path / "list.csv", ROWS)).shards()
+        source(store, url_list=f"memory://{tmp_path.name}/list.csv").shards()
 
 
 @pytest.mark.slow

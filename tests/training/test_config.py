@@ -474,6 +474,43 @@ def test_unusable_files(tmp_path: Path, text: str, arguments: list[str], message
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("stages: {on: {steps: 0100}}", [], ""),
+        ("stages: {0100: {steps: 100}}", [], ""),
+        ("stages: {x: {steps: 1_000}}", [], "stages.x.steps='1_000': input should be a valid int"),
+        ("stages: {x: {steps: 100}}\n'': 3", [], "'': unknown key"),
+        ("stages: {x: {steps: 100}}\n'[a]': 3", [], "[a]: unknown key"),
+        ("stages: {x: {steps: 100, '[a]': 3}}", [], "stages.x.[a]: unknown key"),
+        ("stages: {x: {steps: 100}}", ["=3"], "=3: write dotted.key=value"),
+        ("stages: {x: {steps: 100}}", ["compile=yes"], "compile='yes': input should be a valid b"),
+        ("stages: {x: {steps: 100}}\nstages: {}", [], "key stages is there twice"),
+        ("stages: {x: {steps: 100}}\ncompile: yes", [], "compile='yes': input should be a valid b"),
+        ("3", [], "run.yaml: expected a mapping of settings, found 3"),
+    ],
+)
+def test_yaml_is_read_as_version_1_2(
+    raw: dict[str, Any], tmp_path: Path, text: str, arguments: list[str], message: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    raw = {key: value for key, value in raw.items() if key != "stages"}
+    path.write_text(_flow(raw, text))
+    if message:
+        with pytest.raises(SettingError, match=re.escape(message)):
+            load([str(path), *arguments])
+        return
+    stages = load([str(path), *arguments]).stages
+    assert [stage.steps for stage in stages.values()] == [100]
+
+
+def _flow(raw: dict[str, Any], text: str) -> str:
+    """As a YAML file: each of the settings on a line."""
+    if text == "3":
+        return text
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in raw.items()) + text
+
+
 def test_missing_file_names_the_nearest() -> None:
     with pytest.raises(SettingError, match=r'demmo.yaml: No such file .*"demo.yaml"'):
         load([str(ROOT / "yamls/demmo.yaml")])

@@ -21,7 +21,7 @@ from tests.training.groups import Encoders, make_encoders, make_source, settings
 from tests.training.runs import Watch, equal, make_toy, plan_of
 from training import assemble, heldout, journal, weights
 from training.config import resolve
-from training.evaluation import Evaluation, quantiles
+from training.evaluation import Evaluation, names, quantiles
 from training.model import DiffusionModel
 from training.objectives.edm import EDM
 from training.preflight import Plan, check
@@ -278,3 +278,9 @@ class TestPictures:
         plan = self.plan(tmp_path, encoders)
         with pytest.raises(SettingError, match="picture 000020003 has a latent but no caption"):
             heldout.read(plan, "masked", "heldout", 10)
+
+
+def test_each_bin_has_a_name_of_its_own() -> None:
+    assert names(8) == ["q06", "q19", "q31", "q44", "q56", "q69", "q81", "q94"]
+    assert names(100)[:3] == ["q005", "q015", "q025"]
+    assert all(len(set(names(bins))) == bins for bins in [*range(1, 300), 1000])

@@ -16,10 +16,9 @@ from PIL import Image
 
 from pipeline.core.errors import SettingError
 from tests.training.runs import Poison, Watch, make_toy, plan_of
-from training import assemble, curve, journal, observers
+from training import assemble, credentials, curve, journal, observers
 from training.flops import flops_per_image
 from training.journal import Journal
-from training.loggers import make_loggers
 from training.meter import Bill, Totals
 from training.metrics import Price, price_of
 
@@ -245,8 +244,11 @@ class Picture(Callback):
         logger.log_images(np.zeros((4, 6, 3), np.uint8), "p", channels_last=True, use_table=False)
 
 
-def test_a_logger_that_is_not_installed(toy: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "tensorboard"])
+def test_a_logger_that_is_not_installed(toy: dict[str, Any], tmp_path: Path, name: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "wandb", None)
-        with pytest.raises(SettingError, match=r"logging\.to=wandb: pip install 'wandb' first"):
-            make_loggers(plan_of(toy, tmp_path, logging={"to": ["wandb"]}).config, tmp_path)
+        patch.setitem(sys.modules, name, None)
+        with pytest.raises(
+            SettingError, match=rf"logging\.to={name}: pip install '{name}.*' first"
+        ):
+            credentials.check(plan_of(toy, tmp_path, logging={"to": [name]}).config)

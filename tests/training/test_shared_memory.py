@@ -102,7 +102,7 @@ class Kill(Callback):
                     os.kill(child.pid, signal.SIGKILL)
 
 run = assemble.run
-assemble.run = lambda plan: run(plan, [Kill()])
+assemble.run = lambda plan, others: run(plan, [*others, Kill()])
 sys.exit(train.main([sys.argv[1]]))
 """
 

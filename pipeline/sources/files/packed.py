@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
@@ -41,10 +42,11 @@ def pictures(
 
 
 def _sample(key: str, member: Member, url: str, describe: Describe) -> RawImage | Reject:
+    where = f"{url}/{member.name.removeprefix('./')}"
+    ref = ImageRef(key, where, "")
     if member.reason:
-        return Reject(key, "download", member.reason, member.detail)
+        return Reject(key, "download", member.reason, member.detail, ref)
     caption = describe(PurePosixPath(member.name).name)
     if not isinstance(caption, str):
-        return Reject(key, "download", *caption)
-    where = f"{url}/{member.name.removeprefix('./')}"
-    return RawImage(ImageRef(key, where, caption), member.data)
+        return Reject(key, "download", *caption, ref)
+    return RawImage(replace(ref, caption=caption), member.data)

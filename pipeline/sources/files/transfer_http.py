@@ -88,7 +88,16 @@ def fetch(job: Transfer, url: str, headers: Mapping[str, str], known: Facts) -> 
 def _process_session(pid: int) -> requests.Session:
     import requests
 
-    return requests.Session()
+    class Session(requests.Session):
+        def get_redirect_target(self, resp: requests.Response) -> str | None:
+            """As requests has it, but for bytes that are no UTF-8, at which it breaks off."""
+            location = resp.headers.get("location", "")
+            if resp.is_redirect and not location.isascii():
+                data = location.encode("latin-1", "replace")
+                return "".join(chr(byte) if byte < 0x80 else f"%{byte:02X}" for byte in data)
+            return super().get_redirect_target(resp)
+
+    return Session()
 
 
 def _session() -> requests.Session:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.sources.tables.table_rows import python_values
+
 MAGIC = b"PAR1"
 TAIL = 64 << 10  # bytes of a file's end that hold most footers
 _AT_ONCE = 16  # rows in memory
@@ -77,7 +79,7 @@ def ranges(groups: Sequence[int], most: int) -> list[tuple[int, int]]:
 
 
 def read_rows(path: Path, first: int, count: int, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """Rows `first` to `first + count` of a file, as Python values.
+    """Rows `first` to `first + count` of a file, as Python values; text that is no UTF-8 as bytes.
 
     Memory: the largest of its pages, packed and unpacked, and a few rows. Arrow writes up to 1,024
     pictures into a page, but never more than a row group has.
@@ -93,9 +95,15 @@ def read_rows(path: Path, first: int, count: int, columns: list[str]) -> Iterato
                 skipped = start + rows
             start += rows
         batches = file.iter_batches(_AT_ONCE, wanted, columns, use_threads=False)
-        rows = (row for batch in batches for row in batch.to_pylist())
+        rows = (row for batch in batches for row in _rows(batch))
         for number, row in enumerate(rows, skipped):
             if number >= first + count:
                 return
             if number >= first:
                 yield row
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    columns = [python_values(column) for column in batch.columns]
+    for row in zip(*columns, strict=True):
+        yield dict(zip(batch.schema.names, row, strict=True))

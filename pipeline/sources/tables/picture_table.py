@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import csv
+import io
 import posixpath
+import re
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import pyarrow as pa
 
 from pipeline.core.errors import SettingError, nearest
-from pipeline.core.tables import from_parquet
+from pipeline.sources.files.archives import PICTURES
+from pipeline.sources.tables.table_rows import Columns, columns, lines
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
+_BROKEN = (ValueError, OSError, csv.Error, pa.ArrowException)
+#: What a picture's name looks like.
+_FILE = re.compile(rf"\s*\S[^\n]*\.(?:{'|'.join(sorted(PICTURES))})\s*", re.IGNORECASE).fullmatch
 
 
 class Row(NamedTuple):
@@ -18,83 +26,60 @@ class Row(NamedTuple):
 
     name: str
     caption: str
+    fault: str = ""  # why it is none: "line 7: …"
 
 
-def read_rows(data: bytes, table: str, image_col: str, caption_col: str | None) -> list[Row]:
+def read_rows(
+    data: bytes, table: str, image_col: str, caption_col: str | None, encoding: str = "auto"
+) -> list[Row]:
     """The table's rows in its order.
 
     Args:
-        data: the file's content; text is UTF-8.
+        data: the file's content.
         table: its name, whose ending says what it is.
         caption_col: None leaves every caption "".
 
     Raises:
-        SettingError: another ending, an unreadable file, a missing column, or no rows.
+        SettingError: another ending, an unreadable file, a missing column, or no row of use.
     """
     ending = posixpath.splitext(table)[1].lower()
     if ending not in ENDINGS:
         raise SettingError(f"table={table}: known are {', '.join(ENDINGS)}")
     wanted = {"image_col": image_col} | ({"caption_col": caption_col} if caption_col else {})
+    asked = Columns(tuple(wanted.values()), encoding=encoding, looks_right=_FILE)
     try:
-        columns = _jsonl(data) if ending == ".jsonl" else _arrow(data, ending)
-    except (ValueError, OSError) as error:  # pyarrow's errors are of both kinds
+        there = columns(io.BytesIO(data), ending[1:], encoding)
+        _require(wanted, there, table)
+        found = list(lines(io.BytesIO(data), ending[1:], asked))
+    except SettingError:
+        raise
+    except _BROKEN as error:
         text = " ".join(str(error).split())
         raise SettingError(f"table={table}: cannot be read: {text}") from error
-    for setting, column in wanted.items():
-        if column not in columns:
-            raise SettingError(
-                f"{setting}={column}: no such column in {table}{nearest(column, columns)}; "
-                f"there are: {', '.join(columns)}"
-            )
-    names = columns[image_col]
-    if not names:
+    if not found:
         raise SettingError(f"table={table}: no rows in it")
-    for setting, column in wanted.items():
-        for number, value in enumerate(columns[column], 1):
-            if isinstance(value, list | dict):
-                kind = type(value).__name__
-                raise SettingError(
-                    f"{setting}={column}: a {kind} in row {number} of {table}; a picture has one "
-                    "name and one text here (several captions: --kind hf reads lists)"
-                )
-    captions = columns[caption_col] if caption_col else [""] * len(names)
-    return [Row(_plain(n), _plain(c)) for n, c in zip(names, captions, strict=True)]
+    if all(line.fault for line in found):
+        first = found[0].fault
+        remedy = "; --kind hf reads lists of captions" if " holds a list" in first else ""
+        raise SettingError(
+            f"table={table}: cannot be read: none of its {len(found)} rows can be used; the first: "
+            f"{first}{remedy}"
+        )
+    return [_row(line.values, line.fault) for line in found]
 
 
-def _plain(value: Any) -> str:
-    """Lone halves of surrogate pairs, which JSON can hold, are in no encoding."""
-    text = "" if value is None else str(value)
-    return text.encode("utf-8", "replace").decode()
+def _row(values: tuple[str | None, ...], fault: str) -> Row:
+    name, caption = (*values, None, None)[:2]
+    return Row(name or "", caption or "", fault)
 
 
-def _jsonl(data: bytes) -> dict[str, list[Any]]:
-    # Not splitlines(), which also splits at what JSON allows inside a string.
-    rows = [json.loads(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a line is no JSON object")
-    return {
-        name: [row.get(name) for row in rows] for name in dict.fromkeys(n for r in rows for n in r)
-    }
-
-
-def _arrow(data: bytes, ending: str) -> dict[str, list[Any]]:
-    table = from_parquet(data) if ending == ".parquet" else _csv(data, ending)
-    for name, count in Counter(table.column_names).items():
+def _require(wanted: dict[str, str], there: list[str], table: str) -> None:
+    for name, count in Counter(there).items():
         if count > 1:
             raise ValueError(f"two columns of the name {name!r}")
-    return {name: table[name].to_pylist() for name in table.column_names}
-
-
-def _csv(data: bytes, ending: str) -> Any:
-    import pyarrow as pa
-    from pyarrow import csv
-
-    how = csv.ParseOptions(delimiter="\t" if ending == ".tsv" else ",", newlines_in_values=True)
-    names = csv.open_csv(pa.py_buffer(data), parse_options=how).schema.names
-    return csv.read_csv(
-        pa.py_buffer(data),
-        read_options=csv.ReadOptions(use_threads=False),
-        parse_options=how,
-        # "007" and "null" are captions like any other.
-        convert_options=csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())),
-    )
+    for setting, column in wanted.items():
+        if column not in there:
+            raise SettingError(
+                f"{setting}={column}: no such column in {table}{nearest(column, there)}; "
+                f"there are: {', '.join(there)}"
+            )

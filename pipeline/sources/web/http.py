@@ -32,12 +32,13 @@ class HttpSettings(BaseModel):
     deadline: Annotated[float, Field(gt=0)] = 60  # seconds for one link, tries and waits included
     retries: Annotated[int, Field(ge=0)] = 2  # tries more, after 429, 5xx, resets, timeouts
     max_bytes: Annotated[int, Field(gt=0)] = 30_000_000  # of one picture
-    max_redirects: Annotated[int, Field(ge=0)] = 5
+    max_redirects: Annotated[int, Field(ge=0)] = 5  # of one link
     thread_count: Annotated[int, Field(ge=1)] = 256  # links under way (no threads: img2dataset's
     # name is kept)
     host_concurrency: Annotated[int, Field(ge=1)] = 8  # connections to one host
     host_rate: Annotated[float, Field(ge=0)] = 20  # requests to one host a second; 0: no limit
     host_failures: Annotated[int, Field(ge=0)] = 20  # in a row, then a shard gives it up; 0: never
+    #: The name that sites may call this crawler by, in robots.txt and X-Robots-Tag.
     user_agent_token: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = "microdit"
     disallowed_header_directives: Annotated[tuple[str, ...], BeforeValidator(listed)] = (
         "noai",

@@ -16,6 +16,8 @@ from aiohttp import InvalidURL
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
+from pipeline.core.urls import stripped
+
 Judge = Callable[[str], str | None]  # an address -> why it may not be asked, or None
 
 
@@ -32,10 +34,11 @@ def parse(url: str, judge: Judge) -> URL:
         Refused: another scheme than http(s), no host, or an address in the link that may not be
             asked. A name is judged when it is resolved.
     """
+    url = stripped(url)
     try:
-        found = URL(url.strip())
-        if _ENCODED.fullmatch(url.strip()):
-            literal = URL(url.strip(), encoded=True)
+        found = URL(url)
+        if _ENCODED.fullmatch(url):
+            literal = URL(url, encoded=True)
             found = literal if literal.host == found.host else found
         scheme, host, _ = found.scheme, found.raw_host, found.port
     except (ValueError, IndexError, InvalidURL):  # IndexError: yarl's, of "http://[::1]@"
@@ -52,10 +55,28 @@ def parse(url: str, judge: Judge) -> URL:
         except ValueError:
             raise Refused(f"host {host[:80]}: an address in an unusual form") from None
         if why := judge(address):
-            raise Refused(f"{address}: {why}")
+            raise Refused(f"{address}: {why}{_way_in(judge)}")
     elif not _NAME.fullmatch(host) or len(host) > 254:
         raise Refused(f"host {host[:80]!r}: no name")
     return found
+
+
+def spelled(location: str) -> str:
+    """A Location header as a link: in it bytes that are no ASCII stand for themselves, whatever
+    their encoding; only a host's name has to be text.
+
+    Args:
+        location: as aiohttp reads headers: bytes that are no UTF-8 as half surrogate pairs.
+    """
+    head, rest = _AUTHORITY.fullmatch(location).groups("")  # pyright: ignore
+    if not head.isascii():
+        raw = head.encode("utf-8", "surrogateescape")
+        try:
+            head = str(URL(raw.decode())).rstrip("/")
+        except UnicodeDecodeError:
+            head = str(URL(raw.decode("latin-1"))).rstrip("/")
+    data = rest.encode("utf-8", "surrogateescape")
+    return head + "".join(chr(byte) if byte < 0x80 else f"%{byte:02X}" for byte in data)
 
 
 def public_only(address: str) -> str | None:
@@ -73,6 +94,10 @@ def public_only(address: str) -> str | None:
     if not ip.is_global or ip.is_multicast or ip.is_reserved:
         return "not a public address"
     return None
+
+
+def _way_in(judge: Judge) -> str:
+    return "; --allow-private-hosts lets links lead there" if judge is public_only else ""
 
 
 def anyone(address: str) -> str | None:
@@ -97,13 +122,14 @@ class JudgedResolver(AbstractResolver):
         allowed = [entry for entry, why in verdicts if why is None]
         if found and not allowed:
             entry, why = verdicts[0]
-            raise Refused(f"{host} is {entry['host']}: {why}")
+            raise Refused(f"{host} is {entry['host']}: {why}{_way_in(self._judge)}")
         return allowed
 
     async def close(self) -> None:
         await self._inner.close()
 
 
+_AUTHORITY = re.compile(r"((?:[^:/?#]+:)?//[^/?#]*)?(.*)", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")  # international ones as xn--…
 _ENCODED = re.compile(r"[!-~]+")  # ASCII without spaces
 _UNICAST = ipaddress.ip_network("2000::/3")  # all that is routed in public

@@ -24,6 +24,7 @@ from pipeline.sources.web.http_address import (
     anyone,
     parse,
     public_only,
+    spelled,
 )
 from pipeline.sources.web.http_answer import (
     AGAIN,
@@ -42,6 +43,7 @@ from pipeline.sources.web.http_room import Order, Room
 
 MEMORY = 512_000_000  # bytes of bodies that came, or are coming, and were not taken yet
 LOOKUPS = 64  # names resolved at once
+HEADER_BYTES = 100_000  # of one header of an answer, as curl takes; aiohttp would take 8 KB
 BACKOFF_S = 0.5  # before the second try; twice as long before each further one, give or take half
 
 
@@ -100,6 +102,8 @@ class Client:
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             read_bufsize=2**18,
+            max_line_size=HEADER_BYTES,
+            max_field_size=HEADER_BYTES,
             trust_env=False,  # a proxy would resolve names itself, past the judge
         )
         return self
@@ -260,7 +264,7 @@ class Client:
         if not location:
             raise FetchError("failed_to_download", f"HTTP {answer.status} without a Location")
         try:
-            joined = str(url.join(URL(location, encoded=location.isascii())))
+            joined = str(url.join(URL(spelled(location), encoded=True)))
             return parse(joined, self._judge)
         except (ValueError, IndexError):  # as in parse()
             raise Refused("a redirect to what is no link") from None
