@@ -16,7 +16,7 @@ import secrets
 import sys
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from composer import Logger, State
@@ -129,9 +129,7 @@ class TensorBoard(Tracker):
     name = "tensorboard"
 
     def open(self, known: str | None, state: State) -> str:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None  # a SummaryWriter, once it is known where the stage goes on
         self._folder = self._path / "tensorboard" / state.run_name
         return state.run_name
 
@@ -145,14 +143,13 @@ class TensorBoard(Tracker):
         self._writer = SummaryWriter(str(self._folder), purge_step=purge)
 
     def send(self, metrics: dict[str, Any], step: int) -> None:
-        writer = cast(SummaryWriter, self._writer)
         for tag, value in metrics.items():
-            writer.add_scalar(tag, value, step)
-        writer.flush()  # what comes before a checkpoint has to outlive the process
+            self._writer.add_scalar(tag, value, step)
+        self._writer.flush()  # what comes before a checkpoint has to outlive the process
 
     def send_image(self, name: str, number: int, image: np.ndarray, step: int) -> None:
         tag = f"{name}/{number}" if number else name
-        cast(SummaryWriter, self._writer).add_image(tag, image, step, dataformats="HWC")
+        self._writer.add_image(tag, image, step, dataformats="HWC")
         self._writer.flush()
 
     def finish(self, failed: bool) -> None:
