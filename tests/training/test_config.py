@@ -553,15 +553,16 @@ def test_every_path_setting_knows_homes(
     raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    for key in ("data.root", "data.cache", "folder", "init_from", "checkpoint.remote", "data.vae"):
+    for key in ("data.root", "data.cache", "folder", "checkpoint.remote", "data.vae"):
         raw = changed(raw, key, f"~/{key}")
     config = resolve(raw)
     assert config.data.root == "/home/me/data.root"
     assert config.data.cache == "/home/me/data.cache"
     assert config.data.vae == "/home/me/data.vae"
     assert config.run_folder() == Path("/home/me/folder")
-    assert config.init_from == "/home/me/init_from"
     assert config.checkpoint.remote == "/home/me/checkpoint.remote"
+    with pytest.raises(SettingError, match="no file /home/me/weights"):
+        resolve({**raw, "init_from": "~/weights"})
     monkeypatch.setenv("MICRODIT_ROOT", "~/big")
     del raw["data"]["root"]
     assert resolve(raw).data.root == "/home/me/big"
