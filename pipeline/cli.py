@@ -9,9 +9,8 @@ from typing import Annotated
 import typer
 
 from pipeline import cli_convert, cli_run
+from pipeline.core import program
 from pipeline.core.errors import BrokenShard, SettingError, StorageError, nearest
-from pipeline.core.limits import raise_open_files
-from pipeline.core.streams import survive_readers
 from pipeline.typer_group import OPTIONS, path_option
 
 app = typer.Typer(
@@ -352,8 +351,7 @@ def dedup(
 
 def main() -> None:
     """Entry point: errors that a person can mend are one line; README lists the exit codes."""
-    survive_readers()
-    raise_open_files()
+    program.begin()
     try:
         code = app(standalone_mode=False)
     except SettingError as error:

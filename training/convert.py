@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.core import program
 from pipeline.core.errors import SettingError
 from pipeline.core.location import located
-from pipeline.core.streams import survive_readers
 from pipeline.core.version import version_line
 from training import ranks
 from training.options import require_folder
@@ -24,7 +24,7 @@ FORMATS = ("safetensors", "official", "diffusers")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 where the disk fails, or 2 after a line that says what to change."""
-    survive_readers()
+    program.begin()
     ranks.alone()
     options = _parser().parse_args(arguments)
     try:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.core import program
 from pipeline.core.errors import SettingError
 from pipeline.core.location import located
-from pipeline.core.streams import survive_readers
 from pipeline.core.version import version_line
 from training import header, ranks
 from training.options import check, device_of, read_prompts
@@ -153,7 +153,7 @@ class Painter:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0; 2 after a line on standard error that says what to change; 1 where the disk
     fails."""
-    survive_readers()
+    program.begin()
     ranks.alone()
     options = _parser().parse_args(arguments)
     share_cores()

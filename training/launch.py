@@ -13,9 +13,8 @@ import signal
 import sys
 from typing import Any
 
+from pipeline.core import program
 from pipeline.core.errors import SettingError
-from pipeline.core.limits import raise_open_files
-from pipeline.core.streams import survive_readers
 from training import ranks
 
 PATIENCE = datetime.timedelta(minutes=15)
@@ -28,8 +27,7 @@ READ = ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "BASE_RANK", "NODE_RANK", "MASTER_PORT
 
 def main() -> int:
     """The ranks' exit code; 2 after a line about variables that cannot be; 130 after Ctrl-C."""
-    survive_readers()
-    raise_open_files()
+    program.begin()
     try:
         for name in READ:
             if name in os.environ:

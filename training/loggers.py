@@ -129,9 +129,7 @@ class TensorBoard(Tracker):
     name = "tensorboard"
 
     def open(self, known: str | None, state: State) -> str:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None  # a SummaryWriter, once it is known where the stage goes on
         self._folder = self._path / "tensorboard" / state.run_name
         return state.run_name
 
@@ -145,13 +143,11 @@ class TensorBoard(Tracker):
         self._writer = SummaryWriter(str(self._folder), purge_step=purge)
 
     def send(self, metrics: dict[str, Any], step: int) -> None:
-        assert self._writer is not None
         for tag, value in metrics.items():
             self._writer.add_scalar(tag, value, step)
         self._writer.flush()  # what comes before a checkpoint has to outlive the process
 
     def send_image(self, name: str, number: int, image: np.ndarray, step: int) -> None:
-        assert self._writer is not None
         tag = f"{name}/{number}" if number else name
         self._writer.add_image(tag, image, step, dataformats="HWC")
         self._writer.flush()

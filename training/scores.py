@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.core import program
 from pipeline.core.errors import BrokenShard, SettingError, StorageError
 from pipeline.core.location import located
-from pipeline.core.streams import survive_readers
 from pipeline.core.version import version_line
 from pipeline.encoders import text_facts
 from training import header, ranks
@@ -54,7 +54,7 @@ class Example:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0; 2 after a line on standard error that says what to change; 1 after one that
     says what could not be read."""
-    survive_readers()
+    program.begin()
     ranks.alone()
     options = _parser().parse_args(arguments)
     share_cores()

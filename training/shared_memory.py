@@ -5,6 +5,7 @@ nobody can catch. No torch here."""
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from pipeline.core.errors import SettingError
 from pipeline.core.limits import SHM, require_shared_memory
@@ -15,17 +16,20 @@ PREFETCH = 4  # batches that each loader process makes ahead
 _OWN = 1 << 20  # bytes: locks, counters and states of StreamingDataset
 
 
-def require(plan: Plan) -> None:
+def require(plan: Plan, stages: Sequence[str]) -> None:
     """
+    Args:
+        stages: those that are left to do.
+
     Raises:
-        SettingError: it is missing, or has no room for the largest stage of what is left to do.
+        SettingError: it is missing, or has no room for the largest of them.
     """
     require_shared_memory()
     if not SHM.is_dir():  # not Linux
         return
     facts = os.statvfs(SHM)
     free = facts.f_bavail * facts.f_frsize
-    need, name = max((needed(plan, name), name) for name in plan.data)
+    need, name = max(((needed(plan, name), name) for name in stages), default=(0, ""))
     if need > free:
         workers = plan.config.data.workers
         remedy = ", or fewer data.workers (0 reads in the trainer)" if workers else ""

@@ -17,9 +17,8 @@ if sys.path and os.path.basename(sys.path[0]) == "training":
     # modules of the same name. Its parent is what belongs there.
     sys.path[0] = os.path.dirname(sys.path[0])
 
+from pipeline.core import program
 from pipeline.core.errors import BrokenShard, SettingError, StorageError
-from pipeline.core.limits import raise_open_files
-from pipeline.core.streams import survive_readers
 from pipeline.core.temporary import shorten_sockets
 from pipeline.core.version import version_line
 from training import credentials, folder, ranks, shared_memory
@@ -40,7 +39,7 @@ def main(arguments: list[str]) -> int:
     if "--version" in arguments:
         print(version_line())
         return 0
-    survive_readers()
+    program.begin()
     share_cores()
     try:
         ranks.settle()
@@ -49,7 +48,6 @@ def main(arguments: list[str]) -> int:
         return 2
     running = False
     try:
-        raise_open_files()
         shorten_sockets()
         config = load(arguments)
         plan = check(config, need_data=not config.dry_run)
@@ -64,7 +62,8 @@ def main(arguments: list[str]) -> int:
             from training import parallel  # and torch with it
 
             parallel.check(config)
-        busy = bool(folder.unfinished(plan) or config.checkpoint.remote)
+        left = folder.unfinished(plan)
+        busy = bool(left or config.checkpoint.remote)
         own = busy and ranks.first()
         if own:
             credentials.check(config)
@@ -72,7 +71,7 @@ def main(arguments: list[str]) -> int:
             if ranks.first():
                 folder.link_last(plan)
             if busy:
-                shared_memory.require(plan)
+                shared_memory.require(plan, left)
                 _quiet_imports()
                 from training.assemble import run
                 from training.callbacks import StayAlone

@@ -6,6 +6,7 @@ metadata key "microdit".
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -40,7 +41,8 @@ def write(path: Path, tensors: dict[str, Tensor], passport: Passport) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         _save_file(_apart(tensors), part, {METADATA_KEY: passport.model_dump_json()})
-        part.chmod(0o644)  # safetensors gives the owner alone access
+        with contextlib.suppress(PermissionError):  # of file systems that have no modes
+            part.chmod(0o644)  # safetensors gives the owner alone access
         with open(part, "rb") as file:  # its name says that a stage is finished
             os.fsync(file.fileno())
         os.replace(part, path)

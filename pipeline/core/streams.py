@@ -55,7 +55,8 @@ def _replaced(stream: TextIO | None, file: int, name: str, lost: tuple[int, ...]
     return io.TextIOWrapper(
         io.BufferedWriter(_Stream(file, name, lost)),
         encoding=settings.encoding if settings else "utf-8",
-        errors=settings.errors if settings else "backslashreplace",
+        # Not "strict": a terminal that knows no "·", and file names that are no text, are shown.
+        errors=settings.errors if settings and settings.errors != "strict" else "backslashreplace",
         line_buffering=settings.line_buffering if settings else True,
         write_through=settings.write_through if settings else False,
     )

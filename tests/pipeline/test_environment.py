@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import getpass
 import os
 import resource
 import socket
@@ -17,6 +18,7 @@ from pipeline.config import load_config
 from pipeline.core import disk, limits
 from pipeline.core.errors import SettingError
 from pipeline.core.location import located
+from pipeline.core.program import name_user
 from pipeline.core.store import Store
 from pipeline.core.temporary import LONGEST, socket_folder
 from pipeline.core.text_files import read_yaml_text
@@ -288,3 +290,21 @@ def test_a_disk_that_fails_is_still_an_error(
     monkeypatch.setattr(os, "link", failing)
     with pytest.raises(OSError, match="Input/output"):
         disk.second_name(tmp_path, tmp_path / "b")
+
+
+def test_what_a_terminal_cannot_show_is_no_error() -> None:
+    program = (
+        "from pipeline.core.streams import survive_readers; survive_readers(); "
+        "print('3 · \\udcfc.jpg')"
+    )
+    found = run(program, env={"PYTHONIOENCODING": "ascii"})
+    assert (found.returncode, found.stdout) == (0, "3 \\xb7 \\udcfc.jpg\n")
+
+
+def test_a_user_whom_the_system_does_not_know_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("USER", "")
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    name_user()
+    assert getpass.getuser() == "uid54321"

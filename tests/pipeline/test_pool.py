@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from pipeline.config import build_stage, load_config
 from pipeline.core import failures
 from pipeline.core.catalog import Catalog
 from pipeline.core.commits import read_commits
@@ -84,6 +89,33 @@ def test_workers_hold_gpus_only_where_the_stage_asks(tmp_path):
         report = run(TinyStage(40), str(tmp_path / "cpu"), options)
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "none")
         assert set(report.counters) <= {"opened with devices ", f"opened with devices {hidden}"}
+
+
+def test_relative_paths_are_those_of_the_commands_folder(tmp_path, monkeypatch):
+    """Also on a cluster that somebody has started elsewhere."""
+    pictures = tmp_path / "here" / "pics"
+    pictures.mkdir(parents=True)
+    Image.effect_noise((300, 300), 60).convert("RGB").save(pictures / "a.jpg")
+    (pictures / "a.txt").write_text("noise")
+    with RayCluster(nodes=1, cpus=2) as cluster:
+        monkeypatch.chdir(tmp_path / "here")
+        config = load_config("mine", None, {"kind": "folder", "download.folder": "pics"})
+        report = run(build_stage("download", config), "root", Options(address=cluster.address))
+    assert (report.shards, report.failed) == (1, 0)
+    assert (tmp_path / "here" / "root" / "mine" / "images" / "00000.tar").is_file()
+
+
+def test_ray_starts_without_a_home_to_write_in(tmp_path):
+    """Ray would keep its token there; and its sockets under a TMPDIR too long for them."""
+    long = tmp_path / ("d" * 110)
+    long.mkdir()
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env |= {"TMPDIR": str(long), "HOME": "/proc/1"}
+    command = [Path(sys.executable).with_name("pipeline"), "run", "download", "--source"]
+    options = ["openmoji", "--set", "glyphs=avocado", "--root", str(tmp_path / "root")]
+    found = subprocess.run([*command, *options], capture_output=True, text=True, env=env)
+    assert found.returncode == 0, found.stderr
+    assert "2 shards made" in found.stdout
 
 
 def test_rays_metrics_carry_samples_rejects_and_bytes(tmp_path):

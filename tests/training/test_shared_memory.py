@@ -48,9 +48,9 @@ def test_too_little_is_a_line_with_the_remedy(
 
     monkeypatch.setattr(os, "statvfs", lambda path: Facts)
     with pytest.raises(SettingError, match=r"/dev/shm: .* --shm-size=1g.* data.workers \(0 reads"):
-        shared_memory.require(plan)
+        shared_memory.require(plan, ["masked", "full"])
     Facts.f_bavail = need
-    shared_memory.require(plan)
+    shared_memory.require(plan, ["masked", "full"])
 
 
 def test_more_loaders_and_ranks_need_more(
@@ -102,7 +102,7 @@ class Kill(Callback):
                     os.kill(child.pid, signal.SIGKILL)
 
 run = assemble.run
-assemble.run = lambda plan: run(plan, [Kill()])
+assemble.run = lambda plan, others: run(plan, [*others, Kill()])
 sys.exit(train.main([sys.argv[1]]))
 """
 

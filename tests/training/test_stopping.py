@@ -205,3 +205,38 @@ def test_the_patient_launcher(tmp_path: Path, main: str, codes: tuple[int, ...])
         process.send_signal(signal.SIGTERM)  # of somebody who has no patience
     assert process.wait(60) % 256 in codes
     assert saved.exists() == (main == "training.launch")
+
+
+@pytest.mark.parametrize("launcher", [[], ["-m", "training.launch", "-n", "1"]])
+def test_ctrl_c_is_no_traceback(data: dict[str, Any], tmp_path: Path, launcher: list[str]) -> None:
+    path, log = tmp_path / "run.yaml", tmp_path / "log"
+    path.write_text(json.dumps(data | {"folder": str(tmp_path / "run")}))
+    command = [sys.executable, *launcher, "training/train.py", str(path)]
+    with open(log, "w") as file:  # a terminal sends it to all processes at once
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True
+        )
+    deadline = time.monotonic() + 200
+    while not re.search(r"masked \d+/", log.read_text()):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(120) == 130, log.read_text()
+    assert "train: interrupted; the same command goes on" in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+def test_a_run_outlives_the_reader_of_its_log(data: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    stages = {"masked": data["stages"]["masked"] | {"steps": 5}}
+    path.write_text(json.dumps(data | {"folder": str(tmp_path / "run"), "stages": stages}))
+    command = [sys.executable, "-m", "training.launch", "-n", "1", "training/train.py", str(path)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(200) == 0
+    assert (tmp_path / "run" / "model.safetensors").is_file()
