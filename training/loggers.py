@@ -23,6 +23,7 @@ from composer import Logger, State
 from composer.loggers import LoggerDestination
 from composer.utils import dist
 
+from pipeline.core.errors import SettingError
 from pipeline.core.store import Store
 from training import intact, journal
 from training.folder import StageFolder
@@ -79,7 +80,13 @@ class Tracker(LoggerDestination):
     def init(self, state: State, logger: Logger) -> None:
         known = self._record.get(self.name)
         self._after = self._record["step"] if known else 0
-        self._record[self.name] = self.open(known, state)
+        try:
+            self._record[self.name] = self.open(known, state)
+        except Exception as error:  # each package has its own, and servers theirs
+            text = " ".join(str(error).split())[:300] or type(error).__name__
+            raise SettingError(
+                f"logging.to={self.name}: {text}; mend it, or leave it out"
+            ) from error
         Store(self._path).write_json(RECORD, self._record)
 
     @abc.abstractmethod
@@ -129,9 +136,7 @@ class TensorBoard(Tracker):
     name = "tensorboard"
 
     def open(self, known: str | None, state: State) -> str:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None
         self._folder = self._path / "tensorboard" / state.run_name
         return state.run_name
 
@@ -145,13 +150,11 @@ class TensorBoard(Tracker):
         self._writer = SummaryWriter(str(self._folder), purge_step=purge)
 
     def send(self, metrics: dict[str, Any], step: int) -> None:
-        assert self._writer is not None
         for tag, value in metrics.items():
             self._writer.add_scalar(tag, value, step)
         self._writer.flush()  # what comes before a checkpoint has to outlive the process
 
     def send_image(self, name: str, number: int, image: np.ndarray, step: int) -> None:
-        assert self._writer is not None
         tag = f"{name}/{number}" if number else name
         self._writer.add_image(tag, image, step, dataformats="HWC")
         self._writer.flush()
