@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core import layout, official
+from pipeline.core import facts, layout, official
 from pipeline.core.commits import Commit, keys_hash, read_commit, read_file
 from pipeline.core.errors import BrokenShard, SettingError, StorageError
 from pipeline.core.groups import index_input
@@ -67,6 +67,7 @@ class Checked:
     split: str | None = None
     samples: int = 0
     bytes: int = 0
+    facts: str = ""  # of pipeline.core.facts
     index: bytes | None = None  # the shard's entries of index.json, as JSON
     inputs: bytes | None = None
     digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))  # of its keys
@@ -151,10 +152,13 @@ class _Shard:
                 self.problem(f"its commit record is that of shard {commit.shard}")
             elif commit.fingerprint != fingerprint(commit.inputs):
                 self.problem("its commit's fingerprint is not that of its inputs")
+            self.found.facts = facts.of(self.group, commit.inputs)
+            if facts.indexed(self.group) and not self.found.facts:
+                self.problem("its commit does not say what made it")
             if commit.index is not None:
                 self.found.index = canonical_json(commit.index)
                 self.found.inputs = canonical_json(index_input(commit))
-        except (KeyError, AttributeError, TypeError) as error:
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
             self.problem(f"its commit record is broken: {type(error).__name__}: {error}")
         return None if self.found.problems else commit
 

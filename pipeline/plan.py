@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline.core import failures
+from pipeline.core import facts, failures
 from pipeline.core.catalog import Catalog, Head
 from pipeline.core.commits import differences
 from pipeline.core.errors import SettingError
@@ -96,6 +96,7 @@ class Plan:
     done: int = 0  # shards with nothing to do
     outdated: int = 0  # shards made from other inputs, which are left as they are
     need_bytes: int = 0  # what the pending shards will take
+    clashes: list[str] = field(default_factory=list)  # groups that would mix what may not be mixed
 
     @property
     def stale(self) -> Counter[str]:
@@ -122,6 +123,7 @@ def plan(stage: Stage, catalog: Catalog, choice: Choice = Choice()) -> Plan:
     result = Plan({group: summarise(catalog, group) for group in stage.groups()})
     outdated: dict[str, dict[str, dict[str, Any]]] = {}
     names: dict[tuple[str, ...], tuple[str, ...]] = {}  # shared: many shards, few combinations
+    wants: dict[str, str] = {}  # group -> the facts of what would be made: the same for all shards
     matched = total = 0
     for job in stage.plan(catalog):
         total += 1
@@ -148,6 +150,9 @@ def plan(stage: Stage, catalog: Catalog, choice: Choice = Choice()) -> Plan:
             key = tuple(wanted)
             result.pending[job.shard.id] = names.setdefault(key, key)
             result.need_bytes += sum(_need(stage, job, g, result.groups[g]) for g in key)
+            for group in key:
+                if group not in wants:
+                    wants[group] = facts.of(group, job.groups[group])
         elif outdated_one:
             result.outdated += 1
         else:
@@ -164,6 +169,7 @@ def plan(stage: Stage, catalog: Catalog, choice: Choice = Choice()) -> Plan:
         )
     for group, shards in outdated.items():
         result.groups[group].stale = _explain(catalog, group, shards)
+    result.clashes = _clashes(catalog, result.pending, wants)
     return result
 
 
@@ -171,8 +177,11 @@ def preflight(stage: Stage, store: Store, todo: Plan, quota: int | None = None) 
     """A line that says what the run will need.
 
     Raises:
-        SettingError: the disk, or the quota that the user set for the root, does not hold it.
+        SettingError: a group would mix shards of different facts; or the disk, or the quota that
+            the user set for the root, does not hold it.
     """
+    if todo.clashes:
+        raise SettingError(todo.clashes[0])
     free = store.free_bytes()
     need = todo.need_bytes
     stale = f", {todo.outdated} stale (--stale redoes them)" if todo.outdated else ""
@@ -208,6 +217,29 @@ def summarise(catalog: Catalog, group: str) -> GroupPlan:
         found.splits[head.split] += head.samples
         found.rejects.update(dict(head.rejects))
         found.bytes += head.bytes
+    return found
+
+
+def _clashes(
+    catalog: Catalog, pending: dict[str, tuple[str, ...]], wants: dict[str, str]
+) -> list[str]:
+    """Why shards that would be made cannot stand beside those that would stay, a line a group."""
+    found = []
+    for group, wanted in wants.items():
+        stay = Counter(
+            head.facts
+            for shard, head in catalog.heads(group).items()
+            if group not in pending.get(shard, ())
+        )
+        for there, count in stay.items():
+            if lines := facts.clashes(wanted, there, rounding=wanted not in stay):
+                found.append(
+                    f"{catalog.store.url(group)}: {count} of its shards were made by or with "
+                    f"others ({'; '.join(lines)}), and one group holds one kind; go on with what "
+                    "made them, make all of them anew with --stale, or give what is new a name "
+                    "(a folder) or a --root of its own"
+                )
+                break
     return found
 
 

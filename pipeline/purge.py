@@ -15,10 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pipeline import prune, traces
-from pipeline.core import drops, layout
+from pipeline.core import drops, facts, layout
 from pipeline.core.errors import BrokenShard
 from pipeline.core.groups import publish
-from pipeline.core.manifest import read_manifest
 from pipeline.core.store import Store, canonical_json, size
 from pipeline.purge_shard import purge_shard
 from pipeline.sources.tables import url_lists
@@ -87,14 +86,9 @@ def _note(store: Store, source: str, wanted: Known) -> None:
 
 def _publish(store: Store, group: str) -> None:
     """The index over the new shards; nothing where the group has never been published."""
-    manifest = None
-    if group.split("/")[1] not in ("images", "captions"):
-        try:
-            manifest = read_manifest(store, group)
-        except FileNotFoundError:
-            return
-    if store.names(f"{group}/commits"):
-        publish(store, group, manifest)
+    published = not facts.indexed(group) or store.exists(f"{group}/manifest.json")
+    if published and store.names(f"{group}/commits"):
+        publish(store, group)
 
 
 def _mend_page(store: Store, path: str, keys: frozenset[str]) -> None:

@@ -69,7 +69,8 @@ def run(
             with _Signals(report) as signals:
                 _work(stage, catalog, todo, options, report, progress, announce, signals)
         if not report.stopped:
-            _publish(stage, store, groups)
+            for line in _publish(store, groups):
+                announce(line)
         report.seconds = time.time() - report.started_at
         if todo.pending:
             if report.shards and isinstance(stage, Shows):
@@ -85,10 +86,16 @@ def remove_leftovers(store: Store, group: str, alone: bool) -> None:
         store.remove_leftovers(group + folder, alone)
 
 
-def _publish(stage: Stage, store: Store, groups: list[str]) -> None:
+def _publish(store: Store, groups: list[str]) -> list[str]:
+    """Lines about those that keep the index and manifest that they have."""
+    lines = []
     for group in groups:
-        if store.names(f"{group}/commits"):
-            publish(store, group, stage.manifest(group))
+        if store.names(f"{group}/commits") and (mixed := publish(store, group)):
+            lines.append(
+                f"{group}: {mixed}; its index and manifest stay as they were until --stale has "
+                "made the others anew"
+            )
+    return lines
 
 
 def _work(
@@ -129,7 +136,7 @@ def _work(
             report.seconds = time.time() - report.started_at
             progress(report)
             if time.monotonic() - published > PUBLISH_EVERY_S:
-                _publish(stage, store, stage.groups())
+                _publish(store, stage.groups())
                 published = time.monotonic()
     finally:
         pool.close()

@@ -18,17 +18,16 @@ from typing import Any
 import numpy as np
 
 from pipeline.checks import Checked, Problem, Task, check, digests, keys_of
-from pipeline.core import drops, layout, process
+from pipeline.core import drops, facts, layout, process
 from pipeline.core.commits import Commit, commit_path, read_commit, reason
 from pipeline.core.errors import BrokenShard, NewerSchema, SettingError, nearest
-from pipeline.core.groups import publish
+from pipeline.core.groups import mixture, publish
 from pipeline.core.limits import usable_cpus
 from pipeline.core.manifest import Manifest, read_manifest
 from pipeline.core.store import Store, canonical_json
 from pipeline.processes import Processes
 from pipeline.status import groups_of, sources_of
 
-INDEXED = ("latents", "text", "official")  # kinds of groups with an index and a manifest
 DUPLICATES = 20  # of a group that are named one by one
 
 
@@ -123,7 +122,7 @@ def verify(
             problems += _duplicates(store, source, group, ordered)
             if _is_written(store, f"{source}/{group}"):
                 note(f"{source}/{group}: a run holds it; its index and manifest are not compared")
-            elif names and _kind(group) in INDEXED:
+            elif names:
                 problems += _published(store, source, group, manifest, ordered)
             for problem in problems:
                 say(problem)
@@ -148,15 +147,14 @@ def repair(store: Store, problems: list[Problem]) -> list[str]:
         command = _command(store, source, group)
         for shard in shards:
             store.delete(commit_path(where, shard))
-        manifest, broken = _manifest(store, source, group, True)
         done = [f"{len(shards)} shards are left to do again"] if shards else []
-        if broken:
-            done.append("its manifest and index are to be written anew")
-        else:
-            publish(store, where, manifest)
-            if manifest is not None:
-                done.append("index and manifest were written anew")
-        again = f"; run again what made it, e.g. {command}" if shards or broken else ""
+        mixed = publish(store, where)
+        if mixed:
+            done.append(f"{mixed}, so its index and manifest stay as they are")
+        elif facts.indexed(where):
+            done.append("index and manifest were written anew")
+        stale = " --stale" if mixed else ""
+        again = f"; run again what made it, e.g. {command}{stale}" if shards or mixed else ""
         lines.append(f"{where}: {', '.join(done)}{again}")
     return lines
 
@@ -165,9 +163,9 @@ def _manifest(
     store: Store, source: str, group: str, wanted: bool
 ) -> tuple[Manifest | None, list[Problem]]:
     """The manifest of a group that training reads; None where it has none, or a broken one."""
-    if _kind(group) not in INDEXED or not wanted:
-        return None, []
     where = f"{source}/{group}"
+    if not wanted or not facts.indexed(where):
+        return None, []
     try:
         manifest = read_manifest(store, where)
         if manifest.kind == _kind(group):
@@ -179,16 +177,30 @@ def _manifest(
         raise
     except SettingError as error:
         what = f"is broken ({reason(error.__cause__ or error)})"
-    command = _command(store, source, group)
-    return None, [Problem(source, group, "", None, f"manifest.json {what}; {command} rewrites it")]
+    what = f"manifest.json {what}; `pipeline verify --repair` writes it anew from the commits"
+    return None, [Problem(source, group, "", None, what)]
 
 
 def _published(
     store: Store, source: str, group: str, manifest: Manifest | None, shards: list[Checked]
 ) -> list[Problem]:
-    """index.json and manifest.json against the commits."""
+    """index.json and manifest.json against the commits, and these against each other."""
+    where = f"{source}/{group}"
+    if not facts.indexed(where):
+        return []
+    found = Counter(shard.facts for shard in shards if shard.facts)
+    if mixed := mixture(found):
+        # Its index and manifest are those of an older generation, and may well agree.
+        text = f"{mixed}; {_command(store, source, group)} --stale makes all of them anew"
+        return [Problem(source, group, "", None, text)]
     indexed = [shard for shard in shards if shard.index is not None]
-    texts = _index_problems(store, f"{source}/{group}", indexed)
+    texts = _index_problems(store, where, indexed)
+    if manifest is not None and found:
+        stated = facts.of_manifest(manifest)
+        made = facts.of_manifest(facts.manifest(where, found, {}))
+        lines = facts.clashes(made, stated, rounding=False)
+        if lines:
+            texts.append(f"manifest.json does not describe its shards ({'; '.join(lines)})")
     if manifest is not None and all(shard.split is not None for shard in shards):
         splits: Counter[str] = Counter()
         for shard in indexed:

@@ -10,11 +10,12 @@ import functools
 import itertools
 import os
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipeline.core import layout
-from pipeline.core.commits import remedy
+from pipeline.core import facts, layout, mix
+from pipeline.core.commits import read_commit, remedy
 from pipeline.core.errors import SettingError
 from pipeline.core.manifest import (
     LatentsManifest,
@@ -231,7 +232,7 @@ def _find_source(plan: Plan, store: Store, name: str, resolution: int) -> Source
         *_differs("crop", data.crop, latents.crop),
         *_differs("text", data.text, text.text),
         *_differs("text_dtype", data.text_dtype, text.dtype),
-        *_differs("captions", data.captions_of(name), text.captions),
+        *_differs_in_captions(data.captions_of(name), text.captions),
     ]
     if differences:
         raise SettingError(
@@ -240,6 +241,8 @@ def _find_source(plan: Plan, store: Store, name: str, resolution: int) -> Source
         )
     pictures = _shards(plan, store, latents_group, command, _columns(latents))
     captions = _shards(plan, store, text_group, command)
+    _check_described(store, latents_group, latents, pictures)
+    _check_described(store, text_group, text, captions)
     rows = list(pictures.values())
     gone = left_out(store, name, latents_group, text_group, rows, command)
     empty = {s for s, out in gone.rows.items() if len(out) == pictures[s][0]["samples"]}
@@ -332,6 +335,23 @@ def _shards(
     return wanted
 
 
+def _check_described(store: Store, group: str, manifest: Manifest, shards: Collection[str]) -> None:
+    """That a manifest is not of other shards than those beside it: releases before this one wrote
+    what the last command said. One commit is asked; `pipeline verify` asks them all.
+
+    Raises:
+        SettingError: it is.
+    """
+    for shard in itertools.islice(shards, 1):
+        commit = read_commit(store, group, shard)
+        found = "" if commit is None else facts.of(group, commit.inputs)
+        if lines := facts.clashes(found, facts.of_manifest(manifest), rounding=False):
+            raise SettingError(
+                f"{store.url(f'{group}/manifest.json')} does not describe shard {shard} "
+                f"({'; '.join(lines)}); run `pipeline verify --root {shlex.quote(store.root)}`"
+            )
+
+
 def _check_enough(config: Config, name: str, sources: list[Source]) -> None:
     samples, batch = sum(s.samples for s in sources), config.stages[name].batch_size
     if samples < batch:
@@ -339,6 +359,10 @@ def _check_enough(config: Config, name: str, sources: list[Source]) -> None:
             f"stages.{name}.batch_size={batch}: the {config.data.split} split has only "
             f"{samples} samples; give at most that"
         )
+
+
+def _differs_in_captions(expected: str, found: str) -> list[str]:
+    return [] if mix.same(expected, found) else _differs("captions", expected, found)
 
 
 def _differs(name: str, expected: object, found: object) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from pipeline.core import drops, mends
+from pipeline.core import drops, facts, mends
 from pipeline.core.commits import Commit, scan
 from pipeline.core.store import Store
 
@@ -19,6 +19,7 @@ class Head(NamedTuple):
     samples: int
     bytes: int
     rejects: tuple[tuple[str, int], ...]  # (reason, count)
+    facts: str  # of pipeline.core.facts: what its group's shards have in common
     mends: int = mends.MENDS  # that the version knew which made it
     mended: tuple[str, ...] = ()  # kinds of mends that it was redone for
 
@@ -39,7 +40,7 @@ class Catalog:
     def heads(self, group: str) -> dict[str, Head]:
         """Shard id -> head, in order of id."""
         if group not in self._heads:
-            self._heads[group] = dict(map(_head, scan(self.store, group)))
+            self._heads[group] = dict(_head(group, c) for c in scan(self.store, group))
         return self._heads[group]
 
     def dropped(self, source: str) -> dict[str, frozenset[str]]:
@@ -79,7 +80,7 @@ class Catalog:
 _rejects: dict[tuple, tuple] = {}  # equal ones are shared: most shards have none
 
 
-def _head(commit: Commit) -> tuple[str, Head]:
+def _head(group: str, commit: Commit) -> tuple[str, Head]:
     rejects = tuple(commit.rejects.items())
     return commit.shard, Head(
         commit.fingerprint,
@@ -88,6 +89,7 @@ def _head(commit: Commit) -> tuple[str, Head]:
         commit.samples,
         commit.bytes(),
         _rejects.setdefault(rejects, rejects) if len(_rejects) < 1000 else rejects,
+        facts.of(group, commit.inputs),
         commit.counters.get(mends.COUNTER, 0),
         tuple(commit.inputs.get("mended", ())),
     )

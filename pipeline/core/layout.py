@@ -12,6 +12,7 @@ Every group holds index.json (MDS groups), manifest.json, data files, commits/, 
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 ROOT_VARIABLE = "MICRODIT_ROOT"  # default of every --root and of the trainer's data.root
@@ -51,6 +52,14 @@ def official_group(source: str, name: str) -> str:
 
 
 def slug(name: str) -> str:
-    """A name (hub id, folder, caption mix) as one path component."""
-    name = name.strip("/").replace(":", "-").replace(",", "+")
-    return re.sub(r"[^A-Za-z0-9._+-]+", "--", name)
+    """A name (hub id, folder, caption mix) as one path component.
+
+    What has no place in one, such as letters of other scripts, is told apart by a hash of the name.
+    Two that still share a folder ("a/b" and "a--b"; "VAE" and "vae", where the file system takes
+    them for one) are told apart by their commits: see `pipeline.core.facts`.
+    """
+    text = name.strip("/").replace(":", "-").replace(",", "+")
+    text = re.sub(r"[^A-Za-z0-9._+-]+", "--", text)
+    if re.fullmatch(r"[A-Za-z0-9._+/:,@-]+", name) and text.strip("."):
+        return text
+    return f"{text}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -7,13 +7,13 @@ folder and a hub repo in the local cache.
 
 from __future__ import annotations
 
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.core.errors import SettingError, nearest
 from pipeline.core.manifest import TextFacts, VaeFacts
+from pipeline.encoders import configs
 from pipeline.encoders.families import TextConfig, require_text_files, text_config
 from pipeline.encoders.hub import (
     check_hash,
@@ -68,7 +68,8 @@ def vae_facts(name: str) -> VaeFacts:
     """What is known of a VAE without its weights.
 
     Raises:
-        SettingError: no such name in the table, no such folder, or not in the hub's local cache.
+        SettingError: no such name in the table, no such folder, not in the hub's local cache, or a
+            config that says nothing usable.
     """
     repo, subfolder = locate_vae(name)
     if name in _KNOWN_VAES:
@@ -77,18 +78,19 @@ def vae_facts(name: str) -> VaeFacts:
     config = folder / "config.json"
     if not config.is_file():
         raise SettingError(f"vae={name}: {config} is missing; a VAE folder holds config.json")
-    return vae_facts_of(name, repo, json.loads(config.read_text()))
+    return _vae_facts_of(name, repo, config)
 
 
-def vae_facts_of(name: str, repo: str, config: dict) -> VaeFacts:
-    """Facts out of a diffusers AutoencoderKL config."""
+def _vae_facts_of(name: str, repo: str, path: Path) -> VaeFacts:
+    """Facts out of a diffusers AutoencoderKL's config file."""
+    config = configs.read(f"vae={name}", path, configs.AutoencoderKL)
     return VaeFacts(
         name=name,
         repo=public_repo(repo),
-        channels=config["latent_channels"],
-        downsample=2 ** (len(config["block_out_channels"]) - 1),
-        scale=config.get("scaling_factor", 1.0),
-        shift=config.get("shift_factor") or 0.0,
+        channels=config.latent_channels,
+        downsample=config.downsample(),
+        scale=config.scaling_factor,
+        shift=config.shift_factor or 0.0,
     )
 
 
@@ -160,7 +162,7 @@ def find_vae(name: str) -> tuple[VaeFacts, Path]:
     repo, subfolder = locate_vae(name)
     folder, revision = folder_of(name, repo, subfolder)
     require_files(f"vae={name}", folder, "config.json", "diffusion_pytorch_model.safetensors")
-    facts = vae_facts_of(name, repo, json.loads((folder / "config.json").read_text()))
+    facts = _vae_facts_of(name, repo, folder / "config.json")
     return _with_weights(f"vae={name}", facts, folder, revision), folder
 
 

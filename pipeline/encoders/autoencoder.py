@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from safetensors import SafetensorError
 
 from pipeline.core.errors import SettingError
 from pipeline.core.manifest import VaeFacts
 from pipeline.encoders import find_vae
+from pipeline.encoders.configs import BROKEN, check_loaded, first_line
 
 
 class ImageEncoder:
@@ -69,19 +71,32 @@ def load_vae(name: str, device: str = "cpu", dtype: str = "float32") -> ImageEnc
             of its weights.
     """
     facts, folder = find_vae(name)
-    loaded: Any = AutoencoderKL.from_pretrained(
-        folder,
-        torch_dtype=torch.float32,
-        local_files_only=True,
-        low_cpu_mem_usage=False,  # True wants the accelerate package
-        output_loading_info=True,
-    )
+    try:
+        loaded: Any = AutoencoderKL.from_pretrained(
+            folder,
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            low_cpu_mem_usage=False,  # True wants the accelerate package
+            output_loading_info=True,
+        )
+    except (SafetensorError, *BROKEN) as error:
+        raise SettingError(
+            f"vae={name}: {folder} cannot be loaded: its config and its weights do not fit, or are "
+            f"broken: {first_line(error)}"
+        ) from error
     vae, info = loaded
     if info["missing_keys"]:  # of which diffusers only warns, and leaves random numbers there
         raise SettingError(
             f"vae={name}: {folder} lacks {len(info['missing_keys'])} of its tensors (first: "
             f"{sorted(info['missing_keys'])[0]}); copy its weights anew"
         )
+    own = {
+        "channels": vae.config.latent_channels,
+        "downsample": 2 ** sum(block.downsamplers is not None for block in vae.encoder.down_blocks),
+        "scale": vae.config.scaling_factor,
+        "shift": vae.config.shift_factor or 0.0,
+    }
+    check_loaded(f"vae={name}", folder, facts.model_dump(), own)
     vae = vae.to(device).eval().requires_grad_(False)
     if device != "cpu":
         vae = vae.to(memory_format=torch.channels_last)

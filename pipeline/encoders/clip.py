@@ -9,6 +9,7 @@ import torch
 from transformers import CLIPTextModel
 
 from pipeline.core.manifest import TextFacts
+from pipeline.encoders.configs import check_loaded
 from pipeline.encoders.text import autocast, load_tokenizer, load_transformers
 
 
@@ -41,4 +42,6 @@ class ClipText:
 def load(facts: TextFacts, folder: Path, device: str) -> ClipText:
     """Raises SettingError where the weights do not fit the config."""
     model = load_transformers(CLIPTextModel, facts, folder, device)
-    return ClipText(model, load_tokenizer(folder), facts)
+    own = {"width": model.config.hidden_size, "length": model.config.max_position_embeddings}
+    check_loaded(f"text_encoder={facts.name}", folder, facts.model_dump(), own)
+    return ClipText(model, load_tokenizer(facts, folder, model), facts)

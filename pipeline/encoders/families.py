@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.core.errors import SettingError
+from pipeline.encoders import configs
 from pipeline.encoders.hub import require_files
 
 #: Tokens of a T5 caption: it has no length of its own, its tokenizer says 512, and the official
@@ -48,17 +47,19 @@ def text_config(setting: str, folder: Path) -> TextConfig:
         raise SettingError(
             f"{setting}: {folder / 'open_clip_config.json'} is missing, and so is config.json"
         )
-    config = json.loads((folder / "config.json").read_text())
-    kind = config.get("model_type", "")
-    # A config file leaves out what is the default of its class.
-    if kind in _CLIP_TYPES:
-        text = config if kind == "clip_text_model" else config.get("text_config") or {}
-        length = text.get("max_position_embeddings", 77)
-        return TextConfig("clip", kind, text.get("hidden_size", 512), length)
+    path = folder / "config.json"
+    kind = configs.read_json(setting, path).get("model_type", "")
+    if kind == "clip_text_model":
+        text = configs.read(setting, path, configs.ClipText)
+        return TextConfig("clip", kind, text.hidden_size, text.max_position_embeddings)
+    if kind == "clip":
+        text = configs.read(setting, path, configs.Clip).text()
+        return TextConfig("clip", kind, text.hidden_size, text.max_position_embeddings)
     if kind in _T5_TYPES:
-        return TextConfig("t5", kind, config.get("d_model", 512), _t5_length(folder))
+        width = configs.read(setting, path, configs.T5).d_model
+        return TextConfig("t5", kind, width, _t5_length(setting, folder))
     raise SettingError(
-        f"{setting}: {folder / 'config.json'} is of model_type {kind!r}; supported are open_clip "
+        f"{setting}: {path} is of model_type {kind!r}; supported are open_clip "
         f"folders and {', '.join((*_CLIP_TYPES, *_T5_TYPES))}"
     )
 
@@ -91,24 +92,13 @@ def open_clip_weights(setting: str, folder: Path) -> Path:
 
 def _open_clip(setting: str, folder: Path) -> TextConfig:
     path = folder / "open_clip_config.json"
-    text: dict[str, Any] = json.loads(path.read_text())["model_cfg"]["text_cfg"]
-    # Elsewhere end-of-text is not the highest id of a caption, and its place would be wrong.
-    unusual = {
-        "hf_model_name": text.get("hf_model_name"),
-        "pool_type": text.get("pool_type", "argmax") != "argmax" and text["pool_type"],
-        "embed_cls": text.get("embed_cls"),
-        "no_causal_mask": text.get("no_causal_mask"),
-    }
-    for key, value in unusual.items():
-        if value:
-            raise SettingError(
-                f"{setting}: {path} has text_cfg.{key}={value}; only CLIP's own text towers are "
-                "supported, causal and pooled at end-of-text"
-            )
-    return TextConfig("open_clip", "", text["width"], text.get("context_length", 77))
+    text = configs.read(setting, path, configs.OpenClip).model_cfg.text_cfg
+    return TextConfig("open_clip", "", text.width, text.context_length)
 
 
-def _t5_length(folder: Path) -> int:
+def _t5_length(setting: str, folder: Path) -> int:
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
-    return int(min(T5_LENGTH, config.get("model_max_length") or T5_LENGTH))
+    if not path.is_file():
+        return T5_LENGTH
+    longest = configs.read(setting, path, configs.Tokenizer).model_max_length
+    return int(min(T5_LENGTH, longest or T5_LENGTH))

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from pipeline.core.errors import SettingError
 from pipeline.core.manifest import TextFacts
+from pipeline.encoders.configs import check_loaded
 from pipeline.encoders.families import open_clip_weights
 from pipeline.encoders.text import autocast
 
@@ -85,7 +86,35 @@ def load(facts: TextFacts, folder: Path, device: str, images: bool) -> OpenClip:
             f"text_encoder={facts.name}: {path} does not fit its config: {first[0]}"
         ) from error
     model.to(device).eval().requires_grad_(False)
-    return OpenClip(model, open_clip.get_tokenizer(local), facts)
+    tower = getattr(model, "text", model)
+    own = {
+        "width": tower.token_embedding.embedding_dim,
+        "length": tower.positional_embedding.shape[0],
+    }
+    setting = f"text_encoder={facts.name}"
+    check_loaded(setting, folder, facts.model_dump(), own)
+    tokenizer = open_clip.get_tokenizer(local)
+    _check_tokenizer(setting, folder, tokenizer, tower.token_embedding.num_embeddings)
+    return OpenClip(model, tokenizer, facts)
+
+
+def _check_tokenizer(setting: str, folder: Path, tokenizer: Any, words: int) -> None:
+    """That a caption's rows end where `OpenClip.encode` takes them to end.
+
+    Raises:
+        SettingError: end-of-text is not the highest id, or ids are beyond what the model knows.
+    """
+    short, long = tokenizer(["a", "a fox, a hen and an owl"]).tolist()
+    last = max(short)
+    if max(long) != last or short.index(last) >= long.index(last):
+        raise SettingError(
+            f"{setting}: end-of-text is not the highest id of a caption of the tokenizer in "
+            f"{folder}; only CLIP's own convention is supported"
+        )
+    if last >= words:
+        raise SettingError(
+            f"{setting}: the tokenizer in {folder} has ids up to {last}, its model knows {words}"
+        )
 
 
 def _text_tower(folder: Path, path: Path) -> Any:

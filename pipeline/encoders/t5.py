@@ -9,6 +9,7 @@ import torch
 from transformers import MT5EncoderModel, T5EncoderModel, UMT5EncoderModel
 
 from pipeline.core.manifest import TextFacts
+from pipeline.encoders.configs import check_loaded
 from pipeline.encoders.families import text_config
 from pipeline.encoders.text import autocast, load_tokenizer, load_transformers
 
@@ -44,4 +45,6 @@ def load(facts: TextFacts, folder: Path, device: str) -> T5Text:
     """Raises SettingError where the weights do not fit the config."""
     kind = _MODELS[text_config(f"text_encoder={facts.name}", folder).model_type]
     model = load_transformers(kind, facts, folder, device)
-    return T5Text(model, load_tokenizer(folder), facts)
+    own = {"width": model.config.d_model}
+    check_loaded(f"text_encoder={facts.name}", folder, facts.model_dump(), own)
+    return T5Text(model, load_tokenizer(facts, folder, model), facts)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from pipeline.core.errors import SettingError
 from pipeline.core.manifest import TextFacts
 from pipeline.encoders import find_text
+from pipeline.encoders.configs import BROKEN, first_line
 from pipeline.encoders.families import text_config
 
 
@@ -58,22 +59,35 @@ def load_text(
             f"{name}: is a text encoder alone; a judge of pictures is an open_clip model"
         )
     try:
-        if family == "open_clip":
-            from pipeline.encoders import openclip
-
-            return openclip.load(facts, folder, device, images)
-        if family == "clip":
-            from pipeline.encoders import clip
-
-            return clip.load(facts, folder, device)
-        from pipeline.encoders import t5
-
-        return t5.load(facts, folder, device)
-    except (SafetensorError, pickle.UnpicklingError) as error:
-        line = str(error).strip().splitlines()[0]
+        encoder = _load(family, facts, folder, device, images)
+        encoder.encode(["a"])  # some numbers of a config are looked at only then
+        return encoder
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
         raise SettingError(
-            f"text_encoder={name}: the weights in {folder} are cut off, or no weights: {line}"
+            f"text_encoder={name}: the weights in {folder} are cut off, or no weights: "
+            f"{first_line(error)}"
         ) from error
+    except SettingError:
+        raise
+    except BROKEN as error:
+        raise SettingError(
+            f"text_encoder={name}: {folder} cannot be loaded: its config, its tokenizer and its "
+            f"weights do not fit, or are broken: {first_line(error)}"
+        ) from error
+
+
+def _load(family: str, facts: TextFacts, folder: Path, device: str, images: bool) -> TextEncoder:
+    if family == "open_clip":
+        from pipeline.encoders import openclip
+
+        return openclip.load(facts, folder, device, images)
+    if family == "clip":
+        from pipeline.encoders import clip
+
+        return clip.load(facts, folder, device)
+    from pipeline.encoders import t5
+
+    return t5.load(facts, folder, device)
 
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager:
@@ -102,8 +116,28 @@ def load_transformers(kind: Any, facts: TextFacts, folder: Path, device: str) ->
     return model.float().to(device).eval().requires_grad_(False)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's own tokenizer; runs no code of the folder."""
+def load_tokenizer(facts: TextFacts, folder: Path, model: Any) -> Any:
+    """The folder's own tokenizer; runs no code of the folder.
+
+    Raises:
+        SettingError: it is not that of the model: it cannot pad, its captions do not end in
+            end-of-text, or it has ids that the model does not know.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    setting = f"text_encoder={facts.name}"
+    for name in ("pad_token", "eos_token"):
+        if getattr(tokenizer, name) is None:
+            raise SettingError(f"{setting}: the tokenizer in {folder} has no {name}")
+    ids = tokenizer("a").input_ids
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        raise SettingError(
+            f"{setting}: captions of the tokenizer in {folder} do not end in its eos_token"
+        )
+    if max(tokenizer.get_vocab().values()) >= model.config.vocab_size:
+        raise SettingError(
+            f"{setting}: the tokenizer in {folder} has {len(tokenizer)} words, its model knows "
+            f"{model.config.vocab_size}"
+        )
+    return tokenizer

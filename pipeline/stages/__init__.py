@@ -14,7 +14,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from pipeline.core.catalog import Catalog
 from pipeline.core.commits import Commit
-from pipeline.core.manifest import Manifest
 from pipeline.core.samples import InputShard
 from pipeline.core.store import Store
 
@@ -71,10 +70,6 @@ class Stage(Protocol):
 
     def open(self, store: Store) -> Worker:
         """The worker: called once a process."""
-        ...
-
-    def manifest(self, group: str) -> Manifest | None:
-        """The passport of a group that training reads; None for tars and captions."""
         ...
 
 

@@ -91,9 +91,6 @@ class CaptionStage:
     def open(self, store: Store) -> CaptionWorker:
         return CaptionWorker(self, store)
 
-    def manifest(self, group: str) -> None:
-        return None
-
     def page(self, store: Store, counters: Counter[str], seconds: float) -> str:
         """HTML that shows some pictures with their captions, and what the run counted."""
         from pipeline.stages.caption_page import page

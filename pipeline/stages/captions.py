@@ -4,55 +4,17 @@ several captions by one captioner, a seeded draw again."""
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
 from pipeline.core import layout
 from pipeline.core.catalog import Catalog, Head
 from pipeline.core.commits import Commit, read_commit, read_file
 from pipeline.core.errors import BrokenShard, SettingError
+from pipeline.core.mix import Mix
 from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
 from pipeline.stages.images import read_alt_captions
 
 ALT = "alt"  # the source's own captions
-
-
-@dataclass(frozen=True)
-class Mix:
-    """Captioners and their weights, summing to 1."""
-
-    weights: dict[str, float]
-
-    @staticmethod
-    def parse(text: str) -> Mix:
-        """ "alt", "colour", or "alt:0.9,colour:0.1".
-
-        Raises:
-            SettingError: a weight that is no positive number, or a name that is there twice.
-        """
-        weights: dict[str, float] = {}
-        for part in text.split(","):
-            name, _, weight = part.strip().partition(":")
-            if name in weights:
-                raise SettingError(f"captions={text}: {name} is there twice; give it one weight")
-            try:
-                weights[name] = float(weight or 1)
-            except ValueError:
-                weights[name] = -1
-            if not name or not 0 < weights[name] < float("inf"):
-                raise SettingError(f"captions={text}: write NAME or NAME:WEIGHT,NAME:WEIGHT")
-        total = sum(weights.values())
-        return Mix({name: weight / total for name, weight in weights.items()})
-
-    def draw(self, seed: int, key: str) -> str:
-        """The captioner for a key: a function of (seed, key) alone."""
-        digest = hashlib.sha256(f"caption:{seed}:{key}".encode()).digest()
-        point = int.from_bytes(digest[:8], "big") / 2**64
-        for name, weight in self.weights.items():
-            point -= weight
-            if point < 0:
-                return name
-        return list(self.weights)[-1]
 
 
 def upstream(catalog: Catalog, source: str, mix: Mix, images: dict[str, Head]) -> dict[str, dict]:

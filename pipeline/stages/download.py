@@ -167,9 +167,6 @@ class Download:
         self._attach(store)
         return _Worker(self, store)
 
-    def manifest(self, group: str) -> None:
-        return None
-
     def _attach(self, store: Store) -> None:
         if isinstance(self.settings, KeepsLists):
             self.settings.attach(store, layout.lists_folder(self.source))

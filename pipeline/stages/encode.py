@@ -15,14 +15,14 @@ from pipeline.core.catalog import Catalog
 from pipeline.core.commits import MAX_REJECT_RATE
 from pipeline.core.errors import SettingError
 from pipeline.core.images import Crop, Small
-from pipeline.core.manifest import LatentsManifest, Manifest, TextManifest
 from pipeline.core.mds import check_options
+from pipeline.core.mix import Mix
 from pipeline.core.samples import InputShard
 from pipeline.core.store import Store
 from pipeline.core.tokens import row_bytes
 from pipeline.encoders import find_text, find_vae
 from pipeline.stages import Job, Needs, Worker
-from pipeline.stages.captions import ALT, Mix, upstream
+from pipeline.stages.captions import ALT, upstream
 from pipeline.stages.latents import Recipe
 from pipeline.stages.looks import findings
 
@@ -170,27 +170,6 @@ class Encode:
         if self.settings.device == "cpu":
             torch.set_num_threads(THREADS)
         return EncodeWorker(self, store, DECODE_THREADS if self.needs.gpus else 0)
-
-    def manifest(self, group: str) -> Manifest:
-        settings = self.settings
-        for resolution in settings.resolutions:
-            if group == self.latents_group(resolution):
-                return LatentsManifest(
-                    source=self.source,
-                    vae=self.vae,
-                    resolution=resolution,
-                    crop=settings.crop,
-                    small=settings.small,
-                    latents=settings.latents,
-                    dtype="float16",
-                )
-        return TextManifest(
-            source=self.source,
-            text_encoder=self.text,
-            text=settings.text,
-            captions=settings.captions,
-            dtype=settings.text_dtype,
-        )
 
     def latents_group(self, resolution: int) -> str:
         s = self.settings

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.core import drops, official
+from pipeline.core import drops, facts, official
 from pipeline.core.catalog import Catalog
 from pipeline.core.commits import MAX_REJECT_RATE, Commit, read_commit, read_file, write_shard
 from pipeline.core.errors import BrokenShard, SettingError
-from pipeline.core.manifest import OfficialManifest, mismatches, read_manifest
+from pipeline.core.manifest import Manifest, OfficialManifest, mismatches, read_manifest
 from pipeline.core.mds import decode_shard, encode_shard, stored, unpack
 from pipeline.core.samples import InputShard, Reject
 from pipeline.core.store import Store, fingerprint
@@ -87,6 +87,11 @@ class Export:
             "captions": s.captions,
             "text_dtype": self.text.dtype,
         }
+        for group, manifest in [
+            *((self.latents_groups[r], found) for r, found in self.latents.items()),
+            (self.text_group, self.text),
+        ]:
+            self._check_made(catalog, group, manifest)
         latents = {r: catalog.heads(group) for r, group in self.latents_groups.items()}
         dropped = catalog.dropped(self.source)
         for shard, text in catalog.heads(self.text_group).items():
@@ -137,7 +142,8 @@ class Export:
     def open(self, store: Store) -> _Worker:
         return _Worker(self, store)
 
-    def manifest(self, group: str) -> OfficialManifest:
+    def _manifest(self) -> OfficialManifest:
+        """What the export will be, as far as its name is concerned."""
         s = self.settings
         return OfficialManifest(
             source=self.source,
@@ -152,13 +158,24 @@ class Export:
     def _values(self, resolution: int) -> int:
         return self.vae.channels * (resolution // self.vae.downsample) ** 2
 
+    def _check_made(self, catalog: Catalog, group: str, manifest: Manifest) -> None:
+        """That the group's shards are those that its manifest describes."""
+        stated = facts.of_manifest(manifest)
+        for made in {head.facts for head in catalog.heads(group).values()}:
+            if lines := facts.clashes(made, stated, rounding=False):
+                raise SettingError(
+                    f"{catalog.store.url(group)}: its manifest does not describe all of its shards "
+                    f"({'; '.join(lines)}): they are being made anew, by a run that was stopped; "
+                    "run it again with --stale, or see `pipeline verify`"
+                )
+
     def _check_name(self, store: Store) -> None:
         """What was exported under this name before must have the same columns."""
         try:
             there = read_manifest(store, self.group)
         except FileNotFoundError:
             return
-        wanted = self.manifest(self.group)
+        wanted = self._manifest()
         if isinstance(there, OfficialManifest):
             counts = ("samples", "splits", "shards", "vae", "text_encoder")
             differences = mismatches(wanted, there, ignore=counts)

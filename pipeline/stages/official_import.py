@@ -19,7 +19,6 @@ from pipeline.core import drops, layout, official
 from pipeline.core.catalog import Catalog
 from pipeline.core.commits import MAX_REJECT_RATE, Commit, write_shard
 from pipeline.core.errors import SettingError
-from pipeline.core.manifest import LatentsManifest, Manifest, TextManifest
 from pipeline.core.mds import encode_shard
 from pipeline.core.samples import InputShard, Reject
 from pipeline.core.store import Store, fingerprint
@@ -118,25 +117,6 @@ class Import:
 
     def open(self, store: Store) -> _Worker:
         return _Worker(self, store)
-
-    def manifest(self, group: str) -> Manifest:
-        for resolution in self.resolutions:
-            if group == self.latents_group(resolution):
-                return LatentsManifest(
-                    source=self.source,
-                    vae=self.vae,
-                    resolution=resolution,
-                    crop=CROP,
-                    latents=self.settings.latents,
-                    dtype=official.DTYPE,
-                )
-        return TextManifest(
-            source=self.source,
-            text_encoder=self.text,
-            text="full",
-            captions=self.settings.captions,
-            dtype=official.DTYPE,
-        )
 
     def latents_group(self, resolution: int) -> str:
         s = self.settings

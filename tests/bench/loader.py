@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from pipeline.core import layout, mds
 from pipeline.core.commits import write_shard
 from pipeline.core.groups import publish
-from pipeline.core.manifest import LatentsManifest, TextManifest
 from pipeline.core.samples import InputShard
 from pipeline.core.store import Store, fingerprint
 from pipeline.core.tables import to_parquet
@@ -135,6 +134,7 @@ def write(root: Path, latents: str) -> Plan:
             store,
             latents_group,
             shard,
+            {"vae": vae.model_dump(), "resolution": 256, "latents": latents},
             {"key": "str", "latent": f"ndarray:float16:{depth},32,32"},
             [{"key": k, "latent": v} for k, v in zip(keys, small, strict=True)],
             rows,
@@ -143,6 +143,7 @@ def write(root: Path, latents: str) -> Plan:
             store,
             text_group,
             shard,
+            {"text_encoder": encoder.model_dump(), "text": "trimmed", "captions": "alt"},
             {"caption": "str", "tokens": "ndarray:float16"},
             [
                 {"caption": c, "tokens": t[:n]}
@@ -170,14 +171,8 @@ def write(root: Path, latents: str) -> Plan:
             entries.append(entry)
     if entries:
         Store(root / "official").write_json("index.json", {"version": 2, "shards": entries})
-    common: dict[str, Any] = {"source": "mix", "dtype": "float16"}
-    facts = LatentsManifest(**common, vae=vae, resolution=256, crop="center", latents=latents)
-    publish(store, latents_group, facts)
-    publish(
-        store,
-        text_group,
-        TextManifest(**common, text_encoder=encoder, text="trimmed", captions="alt"),
-    )
+    publish(store, latents_group)
+    publish(store, text_group)
     return check(
         resolve(
             {
@@ -202,11 +197,12 @@ def _shard(
     store: Store,
     group: str,
     shard: InputShard,
+    inputs: dict[str, Any],
     columns: dict[str, str],
     samples: list[dict[str, Any]],
     rows: pa.Table,
 ) -> None:
-    inputs = {"group": group, "shard": shard.id}
+    inputs = {**inputs, "shard": shard.id}
     stem = f"{shard.id}-{fingerprint(inputs)}"
     data, entry = mds.encode_shard(columns, samples, f"{stem}.mds")
     files = {f"{stem}.mds": data, f"{stem}.parquet": to_parquet(rows)}

@@ -41,7 +41,7 @@ def run_here(stage: Stage, store: Store, choice: Choice | None = None) -> int:
     for job in todo.jobs(stage, catalog):
         work(job)
     for group in stage.groups():
-        publish(store, group, stage.manifest(group))
+        publish(store, group)
     return len(todo.pending)
 
 

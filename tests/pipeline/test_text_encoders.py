@@ -291,7 +291,7 @@ def test_a_model_that_is_not_supported(folders: dict[str, Path], tmp_path: Path)
     for key, value in {"hf_model_name": "xlm-roberta-base", "pool_type": "last"}.items():
         text = {**config["model_cfg"]["text_cfg"], key: value}
         path.write_text(json.dumps({"model_cfg": {**config["model_cfg"], "text_cfg": text}}))
-        with pytest.raises(SettingError, match=f"text_cfg.{key}={value}"):
+        with pytest.raises(SettingError, match=f"text_cfg.{key}='{value}'"):
             find_text(str(folder))
     with pytest.raises(SettingError, match="a judge of pictures is an open_clip model"):
         load_text(str(folders["t5"]), images=True)

@@ -47,9 +47,6 @@ class TinyStage:
     def open(self, store: Store) -> _TinyWorker:
         return _TinyWorker(self, store)
 
-    def manifest(self, group: str) -> None:
-        return None
-
 
 class _TinyWorker:
     def __init__(self, stage: TinyStage, store: Store) -> None:

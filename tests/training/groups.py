@@ -14,8 +14,9 @@ import pyarrow as pa
 from pipeline.core import layout
 from pipeline.core.commits import write_shard
 from pipeline.core.groups import publish
-from pipeline.core.manifest import LatentsManifest, TextFacts, TextManifest, VaeFacts
+from pipeline.core.manifest import TextFacts, VaeFacts
 from pipeline.core.mds import encode_shard, stored
+from pipeline.core.mix import Mix
 from pipeline.core.published import read_index
 from pipeline.core.samples import InputShard
 from pipeline.core.store import Store, fingerprint
@@ -92,6 +93,14 @@ def make_source(
     text_group = layout.text_group(name, encoders.text, captions, text, text_dtype)
     side = resolution // vae.downsample
     depth = vae.channels * (2 if latents == "moments" else 1)
+    latents_inputs = {
+        **{"vae": vae.model_dump(), "resolution": resolution, "crop": crop, "latents": latents},
+        **{"small": "reject", "dtype": "float16"},
+    }
+    text_inputs = {
+        **{"text_encoder": encoder.model_dump(), "text": text, "dtype": text_dtype},
+        "captions": Mix.parse(captions).weights,
+    }
     latent_columns = {"key": "str", "latent": f"ndarray:float16:{depth},{side},{side}"}
     for number, split in enumerate(splits):
         shard = InputShard(f"{number:05d}", split)
@@ -104,7 +113,8 @@ def make_source(
         rows = [{"key": key, "latent": latent} for key, latent in zip(keys, pictures, strict=True)]
         own = pa.table({"key": keys, "row": pa.array(range(samples), pa.int32())})
         parquet = {".parquet": to_parquet(own)}
-        _write(store, latents_group, shard, latent_columns, rows, keys, parquet, compression)
+        made = (store, latents_group, shard, latents_inputs)
+        _write(*made, latent_columns, rows, keys, parquet, compression)
         tokens = [_tokens(c, encoder, text, rng) for c in range(7)]
         rows = [
             {"caption": f"caption {c} of {shard.id}", **_stored(tokens[c], text_dtype)}
@@ -117,19 +127,10 @@ def make_source(
         if text_dtype == "int8":
             columns["scales"] = "ndarray:float16"
         parquet = {".parquet": to_parquet(join)}
-        _write(store, text_group, shard, columns, rows, with_caption, parquet, compression)
-    common: dict[str, Any] = {"source": name, "dtype": "float16"}
-    publish(
-        store,
-        latents_group,
-        LatentsManifest(**common, vae=vae, resolution=resolution, crop=crop, latents=latents),
-    )
-    common["dtype"] = text_dtype
-    publish(
-        store,
-        text_group,
-        TextManifest(**common, text_encoder=encoder, text=text, captions=captions),
-    )
+        made = (store, text_group, shard, text_inputs)
+        _write(*made, columns, rows, with_caption, parquet, compression)
+    publish(store, latents_group)
+    publish(store, text_group)
     return store
 
 
@@ -201,13 +202,14 @@ def _write(
     store: Store,
     group: str,
     shard: InputShard,
+    inputs: dict[str, Any],
     columns: dict[str, str],
     rows: list[dict[str, Any]],
     keys: list[str],
     companions: dict[str, bytes],
     compression: str | None,
 ) -> None:
-    inputs = {"group": group, "shard": shard.id}
+    inputs = {**inputs, "shard": shard.id}
     stem = f"{shard.id}-{fingerprint(inputs)}"
     data, entry = encode_shard(columns, rows, f"{stem}.mds", compression=compression)
     files = {stored(entry)["basename"]: data} | {
