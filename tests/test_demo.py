@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_demos_commands_run_end_to_end_with_few_steps(tmp_path):
     script = (ROOT / "infra/demo.sh").read_text().replace("\\\n", " ")
     steps = [shlex.split(line)[1:] for line in re.findall(r"^step .*", script, re.MULTILINE)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import SettingError
+from pipeline.core.location import located
 from pipeline.core.manifest import TextFacts, VaeFacts, mismatches
 from training import header
 from training.dit_config import MODELS, DiTConfig
@@ -34,7 +35,7 @@ def completed(raw: dict[str, Any]) -> dict[str, Any]:
     start = raw.get("init_from")
     if not (isinstance(start, str) and start):
         return raw
-    passport, raw = _passport(start), dict(raw)
+    passport, raw = _passport(located(start)), dict(raw)
     own = {
         "vae": passport.vae.name,
         "text_encoder": passport.text_encoder.name,

@@ -6,6 +6,7 @@ what is clean at one of them. No random number is drawn here: the same noise and
 same latents.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
@@ -53,10 +54,12 @@ def sample(
         float32 (B, C, S, S), at the scale of the latents in training.
 
     Raises:
-        ValueError: fewer than one step.
+        ValueError: fewer than one step, or guidance that is no number.
     """
     if steps < 1:
         raise ValueError(f"steps {steps}: must be at least 1")
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance {guidance}: must be a finite number")
     evaluate = guided(network, y.float(), y_mask, guidance)
 
     def slope(x: Tensor, level: Tensor) -> Tensor:

@@ -92,6 +92,9 @@ class SampleSheets(Callback):
         self._gathering = False
         if dist.get_global_rank() > 0:
             return
+        if not latents.isfinite().all():  # they would be decoded to black
+            guidance = self._settings.guidance
+            raise SettingError(f"samples.guidance={guidance:g}: latents are no numbers; lower it")
         pictures = self._decode(latents)
         texts = [caption.text for caption in self._captions]
         cells = [(text, [picture]) for text, picture in zip(texts, pictures, strict=True)]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,17 +54,24 @@ def run(folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def groups(folder: Path) -> dict[str, dict[str, int]]:
+def groups(folder: Path) -> dict[str, dict[str, Any]]:
     """Group -> what `pipeline status` counts of it."""
     shown = run(folder, BIN / "pipeline", "status", "--json")
     assert shown.returncode == 0, shown.stderr
     return {f"{row['source']}/{row['group']}": row for row in json.loads(shown.stdout)}
 
 
-def test_nothing_is_stale(earlier: Path) -> None:
+def test_stale_is_only_what_a_mend_concerns(earlier: Path) -> None:
+    """One shard of `links` holds a picture with its place, one a picture with a colour profile."""
     found = groups(earlier)
     assert len(found) == 10
-    assert not [name for name, row in found.items() if row["stale"] or row["left"]]
+    assert not [name for name, row in found.items() if row["left"]]
+    stale = {name: [*row["stale"].items()] for name, row in found.items() if row["stale"]}
+    assert [*stale] == ["links/images", "links/latents/tiny4/64"]
+    ((metadata, pictures),), ((colours, latents),) = stale.values()
+    assert "metadata" in metadata
+    assert "colours" in colours
+    assert pictures == latents == 1
 
 
 def test_verify_finds_nothing(earlier: Path) -> None:

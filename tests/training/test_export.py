@@ -220,3 +220,6 @@ def test_nothing_is_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert main(["export", str(run), "--to", "diffusers", "--out", str(tmp_path / "out")]) == 2
     assert "is there already" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
+    under = tmp_path / "out/mine/under"
+    assert main(["export", str(run), "--to", "diffusers", "--out", str(under)]) == 2
+    assert "mine is a file; name a folder" in capsys.readouterr().err

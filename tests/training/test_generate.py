@@ -197,11 +197,13 @@ def test_unusable_checkpoints(
     assert "not its passport's network: blocks.1.mlp.w1 is" in answer()
 
 
-def test_prompts_from_files_and_arguments(tmp_path: Path) -> None:
+def test_prompts_from_files_and_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffa cat\r\n\n a dog \nsun\u2028set".encode())
     assert read_prompts([str(file), "a fox"]) == ["a cat", "a dog", "sun\u2028set", "a fox"]
-    for prompt in ("x" * 5000, "a cat/dog, 50 mm f/1.8", "It ends. Here.", "U.S.A.", "v1.5"):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_prompts(["~/prompts.txt"]) == ["a cat", "a dog", "sun\u2028set"]
+    for prompt in ("~a~", "x" * 5000, "a cat/dog, 50 mm f/1.8", "It ends. Here.", "U.S.A.", "v1.5"):
         assert read_prompts([prompt]) == [prompt]
 
 

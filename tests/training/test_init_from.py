@@ -188,12 +188,14 @@ def without(raw: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def test_what_is_not_said_is_the_weights_own(
-    data: dict[str, Any], trained: Path, tmp_path: Path
+    data: dict[str, Any], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start: dict[str, Any] = {"init_from": str(trained)}
     said = resolve({**data, **start})
     raw = without(data, "vae", "text_encoder", "text") | start
     assert resolve(raw) == said
+    monkeypatch.setenv("HOME", str(trained.parent))
+    assert resolve(raw | {"init_from": "~/run"}) == said
     taken_back: dict[str, Any] = {"vae": None, "text_encoder": None, "text": None}
     assert resolve(raw | {"model": {"arch": None}, "data": raw["data"] | taken_back}) == said
     assert check(resolve(raw)).data.keys() == {"full"}

@@ -141,6 +141,8 @@ def test_a_picture_depends_on_its_noise_and_caption_alone() -> None:
     assert (together[1:] - alone).abs().max() < 1e-5 * alone.abs().max()
 
 
-def test_no_steps_are_refused() -> None:
+def test_what_cannot_be_sampled_is_refused() -> None:
     with pytest.raises(ValueError, match="steps 0"):
         sample(Stub(), EDM(), NOISE, Y, steps=0)
+    with pytest.raises(ValueError, match="guidance nan"):
+        sample(Stub(), EDM(), NOISE, Y, guidance=float("nan"))

@@ -92,13 +92,21 @@ def test_held_out_captions_are_the_default(shipped: dict[str, Any], tmp_path: Pa
     assert [event.step for event in events.Images("samples")] == [3, 4]
 
 
-def test_a_sheet_that_fails_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A VAE without weights: said and counted each time; training ends as it would without."""
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [({"steps": 1}, "vae="), ({"steps": 3, "guidance": 1e38}, "latents are no numbers; lower it")],
+    ids=["a VAE without weights", "guidance beyond float32"],
+)
+def test_a_sheet_that_fails_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture, how: dict[str, Any], message: str
+) -> None:
+    """Said and counted each time; training ends as it would without."""
     raw = make_toy(tmp_path) | {"stages": {"masked": {"steps": 3}}}
-    assemble.run(plan_of(raw, tmp_path / "run", samples={"every": 1, "steps": 1}))
+    assemble.run(plan_of(raw, tmp_path / "run", samples={"every": 1, **how}))
     lines = [line for line in capsys.readouterr().err.splitlines() if "no samples" in line]
     assert len(lines) == 3
     assert lines[-1].startswith("masked 3/3  no samples (3 failed so far): ")
+    assert message in lines[-1]
     rows = journal.read(tmp_path / "run/masked/metrics.jsonl")
     assert [row["samples/failed"] for row in rows] == [1, 2, 3]
     assemble.run(plan_of(raw, tmp_path / "plain"))

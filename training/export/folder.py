@@ -16,6 +16,7 @@ from training.export import text
 from training.export.bundle import bundle
 from training.export.transformer import MicroDiTModel
 from training.generate import Painter
+from training.options import require_folder
 from training.weights import Passport
 
 TRANSFORMER, PIPELINE = "microdit", "pipeline"  # names of modules in the folder
@@ -29,6 +30,7 @@ def write(path: Path, out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingError(f"--out {out}: is there already; remove it, or name another folder")
+    require_folder("--out", out)
     painter = Painter(str(path), "cpu")
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part")
