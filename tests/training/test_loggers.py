@@ -97,7 +97,7 @@ def history(log: bytes) -> Iterator[int]:
     from wandb.proto import wandb_internal_pb2
 
     for data in records(log):
-        record = wandb_internal_pb2.Record()
+        record = wandb_internal_pb2.Record()  # pyright: ignore (made when it is imported)
         record.ParseFromString(data)
         if record.WhichOneof("record_type") == "history":
             yield record.history.step.num
