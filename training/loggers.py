@@ -23,6 +23,7 @@ from composer import Logger, State
 from composer.loggers import LoggerDestination
 from composer.utils import dist
 
+from pipeline.core.errors import SettingError
 from pipeline.core.store import Store
 from training import intact, journal
 from training.folder import StageFolder
@@ -79,7 +80,13 @@ class Tracker(LoggerDestination):
     def init(self, state: State, logger: Logger) -> None:
         known = self._record.get(self.name)
         self._after = self._record["step"] if known else 0
-        self._record[self.name] = self.open(known, state)
+        try:
+            self._record[self.name] = self.open(known, state)
+        except Exception as error:  # each package has its own, and servers theirs
+            text = " ".join(str(error).split())[:300] or type(error).__name__
+            raise SettingError(
+                f"logging.to={self.name}: {text}; mend it, or leave it out"
+            ) from error
         Store(self._path).write_json(RECORD, self._record)
 
     @abc.abstractmethod

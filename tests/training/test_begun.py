@@ -109,8 +109,8 @@ NEWS = ("stages.full.news", "optimizer.news", "optimizer.muon.news", "edm.news",
 @pytest.mark.parametrize("key", ["", *NEWS])
 def test_a_setting_that_does_not_exist_yet(data: dict[str, Any], run: Path, key: str) -> None:
     """Unset, or set to its default, it changes nothing; set to something else it does."""
-    defaults = dict(zip(NEWS, (0.5, [1, 2], 5, 1.0, "all"), strict=True))
-    others = dict(zip(NEWS, (0.75, [1, 3], 6, 2.0, "some"), strict=True))
+    defaults: dict[str, Any] = dict(zip(NEWS, (0.5, [1, 2], 5, 1.0, "all"), strict=True))
+    others: dict[str, Any] = dict(zip(NEWS, (0.75, [1, 3], 6, 2.0, "some"), strict=True))
     folder.check(plan_of(changed(data, key, defaults[key]) if key else data, run))
     if key:
         with pytest.raises(SettingError, match=r"with other settings \(.*news: None -> "):

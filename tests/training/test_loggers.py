@@ -81,22 +81,26 @@ def test_weights_and_biases(
 ) -> None:
     """Offline: three folders, which `wandb sync` makes one run of."""
     pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2
-
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     stage = trained(data, tmp_path / "run", ["wandb"])
     files = sorted((stage / "wandb").glob("offline-run-*/run-*.wandb"))
     own = json.loads((stage / "loggers.json").read_text())["wandb"]
     assert [file.name for file in files] == [f"run-{own}.wandb"] * 3
-    steps = []
-    for file in files:
-        for data_ in records(file.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data_)
-            if record.WhichOneof("record_type") == "history":
-                steps.append(record.history.step.num)
+    deadline, steps = time.monotonic() + 30, []
+    while len(steps) < 6 and time.monotonic() < deadline:  # its service writes behind
+        steps = [step for file in files for step in history(file.read_bytes())]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def history(log: bytes) -> Iterator[int]:
+    from wandb.proto import wandb_internal_pb2
+
+    for data in records(log):
+        record = wandb_internal_pb2.Record()  # pyright: ignore (made when it is imported)
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            yield record.history.step.num
 
 
 def records(log: bytes) -> Iterator[bytes]:
@@ -141,6 +145,16 @@ def test_a_record_that_is_damaged(data: dict[str, Any], tmp_path: Path) -> None:
     config = plan_of(data, tmp_path, logging={"to": ["tensorboard"]}).config
     with pytest.raises(SettingError, match=r"loggers.json: empty; remove it, and loggers begin a"):
         make_loggers(config, tmp_path)
+
+
+def test_a_server_that_is_gone_after_it_was_asked(
+    data: dict[str, Any], tmp_path: Path, mlflow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    mlflow.set_tracking_uri("http://127.0.0.1:9")
+    plan = plan_of(data, tmp_path / "run", logging={"to": ["mlflow"]})
+    with pytest.raises(SettingError, match=r"^logging\.to=mlflow: .*; mend it, or leave it out$"):
+        assemble.run(plan)
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
