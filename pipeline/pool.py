@@ -284,7 +284,7 @@ class _Worker:
         """Says how far the shards in hand are, where the driver can look."""
         import ray
 
-        board = _board(ray.get_runtime_context().get_actor_id())
+        board = _board(str(ray.get_runtime_context().get_actor_id()))
         posted: dict[str, int] = {}
         while True:
             time.sleep(GLANCE_EVERY_S)

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,12 +44,11 @@ IMAGES = "openmoji/images"
 
 
 def stages(store: Store) -> list:
+    common: dict[str, Any] = {"text_encoder": "tiny-clip", "resolutions": (64,)}
+    packed: dict[str, Any] = {"text": "trimmed", "text_dtype": "int8", "compression": "zstd"}
     encoded = [
-        Encode("openmoji", EncodeSettings(vae, "tiny-clip", (64,), captions, text, **more))
-        for vae, captions, text, more in (
-            ("tiny4", "alt", "full", {}),
-            ("tiny16", MIX, "trimmed", {"text_dtype": "int8", "compression": "zstd"}),
-        )
+        Encode("openmoji", EncodeSettings(vae="tiny4", captions="alt", text="full", **common)),
+        Encode("openmoji", EncodeSettings(vae="tiny16", captions=MIX, **common, **packed)),
     ]
     return [Download("openmoji", SOURCE), CaptionStage("openmoji", "colour"), *encoded]
 
