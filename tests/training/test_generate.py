@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ from training.sheet import contact_sheet
 PROMPTS = ["avocado on a blue background", "rocket", "rocket"]
 
 
-def passport_of(config: DiTConfig, text: str) -> weights.Passport:
+def passport_of(config: DiTConfig, text: Literal["full", "trimmed"]) -> weights.Passport:
     vae, encoder = SHIPPED.facts()
     common: dict[str, Any] = {"source": "openmoji", "dtype": "float16"}
     latents = LatentsManifest(**common, vae=vae, resolution=64, crop="center", latents="mean")
