@@ -14,7 +14,6 @@ from pipeline.core.commits import broken, read_file, read_named, scan
 from pipeline.core.errors import SettingError
 from pipeline.core.published import Commits, Row, read_whole
 from pipeline.core.store import Store
-from pipeline.core.tables import read_keys, read_rows
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,8 @@ def left_out(
         SettingError: a shard with such pictures has no list of its keys: an older version made it.
         BrokenShard: a list of keys is gone or damaged.
     """
+    from pipeline.core.tables import read_rows  # and pyarrow with it
+
     dropped = drops.read(store, source)
     refused = without_text(store, text_group, {record["shard"] for _, record in rows})
     found: dict[str, list[int]] = {}
@@ -81,6 +82,8 @@ def without_text(store: Store, group: str, shards: Iterable[str]) -> dict[str, f
     Raises:
         BrokenShard: a list is gone or damaged.
     """
+    from pipeline.core.tables import read_keys  # and pyarrow with it
+
     wanted, found = {*shards}, {}
     for commit in scan(store, group):
         if commit.shard not in wanted or not commit.rejects:
