@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from pipeline.core import layout
 from pipeline.core.errors import SettingError, StorageError
@@ -89,12 +89,9 @@ class Folder(BaseModel):
     split: str = "train"  # any other is not trained on
     #: This share of the pictures, chosen by a hash of their names, is split "heldout".
     holdout: Share = 0.0
-    #: Pictures a shard; "auto": a sixteenth of the folder as it is first planned, at least 16 and
+    #: Pictures a shard; 0: a sixteenth of the folder as it is first planned, at least 16 and
     #: at most 1000.
-    samples_per_shard: Annotated[
-        Annotated[int, Field(ge=1, le=10_000)] | None,
-        BeforeValidator(lambda value: None if value == "auto" else value),
-    ] = None
+    samples_per_shard: Annotated[int, Field(ge=0, le=10_000)] = 0
     max_file_bytes: Annotated[int, Field(ge=1)] = 100_000_000  # larger files are not read
 
     _kept: tuple[str, str] | None = PrivateAttr(None)  # root, folder
@@ -247,7 +244,7 @@ class Folder(BaseModel):
 
     def _per_shard(self, pictures: int) -> int:
         """A shard's pictures: as told, or as it was settled under this root."""
-        if self.samples_per_shard is not None:
+        if self.samples_per_shard:
             return self.samples_per_shard
         size = max(SMALLEST, min(LARGEST, -(-pictures // 16)))
         if self._kept is None:
