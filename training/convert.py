@@ -72,9 +72,9 @@ def export(options: argparse.Namespace) -> str:
     out.parent.mkdir(parents=True, exist_ok=True)
     if options.to == "safetensors":
         weights.write(out, tensors, passport)
-    else:
-        official.write(out, tensors, passport.network())
-    return f"{out}: {len(tensors)} tensors"
+        return f"{out}: {len(tensors)} tensors"
+    official.write(out, tensors, passport.network())
+    return f"{out}: {len(tensors)} tensors{official.shift_note(passport.vae)}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from pipeline.core.errors import SettingError
+from pipeline.core.manifest import VaeFacts
 from training import safe_load
 from training.dit_config import MODELS, DiTConfig
 from training.layers import position_table
@@ -38,6 +39,19 @@ class Official:
     tensors: dict[str, Tensor]
     ignored: int
     """Tensors of frozen encoders in the same file."""
+
+
+def shift_note(vae: VaeFacts) -> str:
+    """What to tell a user whose weights cross over with a VAE that shifts; "" for the others.
+
+    The official code scales latents and never shifts them; training here does both.
+    """
+    if not vae.shift:
+        return ""
+    return (
+        f"; the official code leaves out {vae.name}'s shift_factor {vae.shift:g}, training here "
+        "applies it, so the other side decodes colours off by as much"
+    )
 
 
 def read(path: Path) -> Official:

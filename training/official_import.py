@@ -59,6 +59,7 @@ def import_file(path: Path, out: Path, arch: str, vae: str, text_encoder: str) -
     return (
         f"{out / 'model.safetensors'}: {passport.resolution} px, vae {passport.vae.name}, text "
         f"{passport.text_encoder.name}{beside}; see python -m training.generate --checkpoint {out}"
+        f"{official.shift_note(passport.vae)}"
     )
 
 

@@ -117,6 +117,7 @@ def test_round_trip_is_exact(
     assert main(["import", str(file), "--out", str(out), *small(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert ("2 tensors beside the network left out" in said) == (kind == "composer")
+    assert "shift_factor" in said  # of tiny4, which the official code would leave out
     network, passport = weights.load(out / "model.safetensors")
     assert (passport.resolution, passport.text, passport.latents_manifests) == (64, "full", {})
     assert network.config.pos_interp_scale == 1
