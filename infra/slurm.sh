@@ -37,15 +37,19 @@ trap cleanup EXIT
 # Slurm's warning goes to the pipeline, which commits or abandons its shards within 20 s; before
 # there is one, it ends the script, and by that Ray.
 pipeline=""
+starting="" # the pipeline is next
 signalled=0
 trap 'forward 143' TERM
 trap 'forward 130' INT
 forward() {
+    # Between a start and the line that notes its number only $! knows it.
+    [[ -z "$starting" || "${!-}" == "${background[-1]}" ]] || pipeline=$!
     [[ -n "$pipeline" ]] || exit "$1"
     signalled=1
     kill -TERM "$pipeline" 2>/dev/null || true
 }
 cleanup() {
+    [[ -z "${!-}" || "${!-}" == "$pipeline" ]] || background+=("$!")
     # The workers first, then the head: a worker that loses its head waits for it.
     for ((i = ${#background[@]} - 1; i >= 0; i--)); do
         kill "${background[i]}" 2>/dev/null || true
@@ -103,6 +107,7 @@ fi
 await "${#nodes[@]} Ray nodes" complete
 printf 'slurm.sh: Ray on %d nodes after %d s\n' "${#nodes[@]}" "$SECONDS"
 
+starting=1
 "$@" --address "$address" &
 pipeline=$!
 # `wait` returns at a signal; waiting again gives the pipeline's own exit code.

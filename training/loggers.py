@@ -210,6 +210,8 @@ class MLflow(Tracker):
         from mlflow.exceptions import MlflowException
 
         self._client = MlflowClient()
+        # Its queues of metrics and images read a file store's files while the other writes them.
+        self._local = not self._client.tracking_uri.startswith("http")
         try:
             if known:
                 self._client.update_run(known, status="RUNNING")
@@ -242,11 +244,11 @@ class MLflow(Tracker):
 
         now = int(time.time() * 1000)
         own = [Metric(key, float(value), now, step) for key, value in metrics.items()]
-        self._client.log_batch(self._id, metrics=own, synchronous=False)
+        self._client.log_batch(self._id, metrics=own, synchronous=self._local)
 
     def send_image(self, name: str, number: int, image: np.ndarray, step: int) -> None:
         key = f"{name}/{number}" if number else name
-        self._client.log_image(self._id, image, key=key, step=step, synchronous=False)
+        self._client.log_image(self._id, image, key=key, step=step, synchronous=self._local)
 
     def finish(self, failed: bool) -> None:
         if getattr(self, "_id", ""):

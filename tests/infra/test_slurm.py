@@ -184,6 +184,18 @@ def test_slurms_warning_reaches_the_pipeline_and_its_answer_is_awaited(job, tmp_
     assert nothing_is_left(tmp_path)
 
 
+def test_a_signal_between_the_start_and_its_note_leaves_nothing(job, tmp_path):
+    text = (ROOT / "infra/slurm.sh").read_text()
+    start, note = '"$@" --address "$address" &\n', "pipeline=$!\n"
+    assert start + note in text
+    (tmp_path / "slurm.sh").write_text(text.replace(start + note, f"{start}kill -TERM $$\n{note}"))
+    pipeline = "while :; do read -rt 1 || :; done"
+    process = job(tmp_path / "slurm.sh", "pipeline", "run", "encode", pipeline=pipeline)
+    process.communicate(timeout=60)  # which waits for all that write to its output
+    assert process.returncode == 143
+    assert nothing_is_left(tmp_path)
+
+
 def test_a_ray_that_does_not_start_is_shown(job, tmp_path):
     process = job("slurm.sh", "pipeline", "run", "encode", pipeline="exit 0", RAY_DIES="1")
     output, _ = process.communicate(timeout=60)
