@@ -52,7 +52,7 @@ def passport_of(config: DiTConfig, text: Literal["full", "trimmed"]) -> weights.
     )
 
 
-def run_folder(folder: Path, mode: str) -> Path:
+def run_folder(folder: Path, mode: Literal["full", "trimmed"]) -> Path:
     """Weights of an untrained network under this name."""
     vae, encoder = SHIPPED.facts()
     config = DiTConfig(
