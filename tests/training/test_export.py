@@ -64,7 +64,9 @@ def paint_elsewhere(folder: Path, scratch: Path, **options: Any) -> np.ndarray:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "trimmed"])
-def test_a_folder_paints_without_this_package(tmp_path: Path, mode: Literal["full", "trimmed"]) -> None:
+def test_a_folder_paints_without_this_package(
+    tmp_path: Path, mode: Literal["full", "trimmed"]
+) -> None:
     run, out = run_folder(tmp_path / "run", mode), tmp_path / "out"
     assert main(["export", str(run), "--to", "diffusers", "--out", str(out)]) == 0
     prompts = ["avocado on a blue background", "Rocket &amp; moon", "rocket"]
