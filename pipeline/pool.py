@@ -33,6 +33,7 @@ GRACE_S = 12.0  # a stopped run lets the shards in hand finish this long; it mus
 LOOK_EVERY_S = 30.0  # for workers that the cluster has room for by now
 GLANCE_EVERY_S = 1.0  # at how far shards in hand are
 GLANCED_AT = 64  # shards in hand at most
+_KV_S = 2.0  # without it Ray waits a minute for a store that is gone
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ class Pool:
     def close(self) -> None:
         for worker in self._workers() | set(self._opening.values()):
             self.ray.kill(worker)
-            _kv()._internal_kv_del(_board(worker._actor_id.hex()))
+            if self.options.address is not None:  # a private cluster's store ends with it
+                _gcs().internal_kv_del(_board(worker._actor_id.hex()), False, None, timeout=_KV_S)
 
     def _grow(self) -> None:
         """As many workers as asked for, or as the cluster has room for: it may grow or shrink."""
@@ -245,10 +247,16 @@ class Pool:
         now = time.monotonic()
         if now - self._glanced < GLANCE_EVERY_S or len(self._running) > GLANCED_AT:
             return
+        if self.report.stopped:  # a signal to the whole group has ended a private cluster's store
+            return
         self._glanced = now
         self.report.in_hand = {}
         for hand in self._running.values():
-            found = _kv()._internal_kv_get(_board(hand.worker._actor_id.hex()))
+            board = _board(hand.worker._actor_id.hex())
+            try:
+                found = _gcs().internal_kv_get(board, None, timeout=_KV_S)
+            except self.ray.exceptions.RayError:  # what is wrong with Ray, the workers tell
+                return
             seen = json.loads(found).get(hand.job.shard.id) if found else None
             if seen:
                 self.report.in_hand[hand.job.shard.id] = (seen, hand.job.samples)
@@ -290,7 +298,7 @@ class _Worker:
             time.sleep(GLANCE_EVERY_S)
             if (seen := advance.seen()) != posted:
                 posted = seen
-                _kv()._internal_kv_put(board, json.dumps(seen), overwrite=True)
+                _gcs().internal_kv_put(board, json.dumps(seen).encode(), True, None)
 
     def run(self, job: Job) -> Made:
         wanted = job if self.again else self._left(job)
@@ -330,16 +338,16 @@ _METRICS = {
 }
 
 
-def _board(actor: str) -> str:
+def _board(actor: str) -> bytes:
     """Where a worker posts: a key of the cluster's own store. A call would wait for its shard, and
     an actor with threads for calls would not compute in the thread that its stage was opened in."""
-    return f"microdit-in-hand:{actor}"
+    return f"microdit-in-hand:{actor}".encode()
 
 
-def _kv() -> Any:
+def _gcs() -> Any:
     from ray.experimental import internal_kv
 
-    return internal_kv
+    return internal_kv.global_gcs_client
 
 
 def start(options: Options, announce: Callable[[str], None]) -> Any:

@@ -132,7 +132,7 @@ def test_a_poisoned_shard_costs_only_itself(config, uninterrupted, tmp_path):
     assert "failed: shard 00002: BrokenShard" in result.stdout
     (row, *_) = status(config, tmp_path, "latents/tiny4/64")
     assert (row["done"], row["left"], list(row["failing"])) == (SHARDS - 1, 1, ["00002"])
-    assert "differs from its commit record" in row["failing"]["00002"]
+    assert "has 700 bytes, its commit record says" in row["failing"]["00002"]
     tar.write_bytes(whole)
     assert pipeline(config, tmp_path, "encode").returncode == 0
     assert tree(tmp_path) == uninterrupted
