@@ -17,7 +17,6 @@ from pipeline.encoders import find_text
 from pipeline.encoders.configs import BROKEN, first_line
 from pipeline.encoders.families import text_config
 
-
 _LAYER = re.compile(r"(text_model\.)?encoder\.(layers|block)\.\d")
 
 
