@@ -7,6 +7,7 @@ folder and a hub repo in the local cache.
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -121,7 +122,7 @@ def locate_vae(name: str) -> tuple[str, str]:
     """
     if name in VAES:
         return VAES[name]
-    if Path(name).is_dir() or is_hub_id(name):
+    if os.path.isdir(name) or is_hub_id(name):
         return name, ""
     raise SettingError(f"vae={name}: unknown{nearest(name, VAES)}; known: {', '.join(VAES)}")
 
@@ -134,7 +135,7 @@ def locate_text(name: str) -> str:
     """
     if name in TEXT_ENCODERS:
         return TEXT_ENCODERS[name]
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return f"local-dir:{name}"
     if is_hub_id(name):
         return f"hf-hub:{name}"

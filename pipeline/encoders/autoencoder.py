@@ -97,6 +97,12 @@ def load_vae(name: str, device: str = "cpu", dtype: str = "float32") -> ImageEnc
         "shift": vae.config.shift_factor or 0.0,
     }
     check_loaded(f"vae={name}", folder, facts.model_dump(), own)
+    if info["unexpected_keys"]:  # another model's config: what it leaves out would be missed
+        surplus = sorted(info["unexpected_keys"])
+        raise SettingError(
+            f"vae={name}: the config in {folder} has no place for {len(surplus)} tensors of its "
+            f"weights (first: {surplus[0]}); copy both anew"
+        )
     vae = vae.to(device).eval().requires_grad_(False)
     if device != "cpu":
         vae = vae.to(memory_format=torch.channels_last)

@@ -114,7 +114,7 @@ C = TypeVar("C", bound=Config)
 #: fit it, beside the weights' readers' own errors.
 BROKEN = (
     *(ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError),
-    *(ArithmeticError, AssertionError),
+    *(ArithmeticError, AssertionError, ImportError),  # of a quantised model's package
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import re
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ from pipeline.core.manifest import TextFacts
 from pipeline.encoders import find_text
 from pipeline.encoders.configs import BROKEN, first_line
 from pipeline.encoders.families import text_config
+
+_LAYER = re.compile(r"(text_model\.)?encoder\.(layers|block)\.\d")
 
 
 class TextEncoder(Protocol):
@@ -101,8 +104,8 @@ def load_transformers(kind: Any, facts: TextFacts, folder: Path, device: str) ->
     """A transformers model in float32, from safetensors only.
 
     Raises:
-        SettingError: the folder's weights lack some of the model's; transformers itself only warns
-            and leaves them random.
+        SettingError: the folder's weights lack some of the model's, or have layers that it has
+            not; transformers itself only warns, and leaves them random or out.
     """
     model, found = kind.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, output_loading_info=True
@@ -112,6 +115,12 @@ def load_transformers(kind: Any, facts: TextFacts, folder: Path, device: str) ->
         raise SettingError(
             f"text_encoder={facts.name}: the weights in {folder} lack {len(missing)} tensors of "
             f"its config (first: {missing[0]})"
+        )
+    # Of a tower's own layers; image towers, decoders and buffers of older releases are others.
+    if surplus := sorted(filter(_LAYER.match, found["unexpected_keys"])):
+        raise SettingError(
+            f"text_encoder={facts.name}: the config in {folder} has no place for {len(surplus)} "
+            f"tensors of its weights (first: {surplus[0]})"
         )
     return model.float().to(device).eval().requires_grad_(False)
 

@@ -281,6 +281,30 @@ def test_lists_of_links(tmp_path, monkeypatch, capsys):
         assert call(monkeypatch, capsys, "drop", *down[:2], *root)[0] == 0
 
 
+def test_a_link_that_was_taken_down_is_not_fetched(tmp_path, monkeypatch, capsys):
+    """Also before a purge, and where it stands again in a shard that is not there yet."""
+    from tests.pipeline.test_urls import photo
+    from tests.pipeline.web import serving
+
+    with serving() as web:
+        links = [web.add(f"/{n}.jpg", photo(n)) for n in range(5)]
+        table = tmp_path / "list.csv"
+        table.write_text("url,caption\n" + "".join(f"{link},x\n" for link in [*links, links[0]]))
+        store = Store(tmp_path / "root")
+        settings = {"url_list": str(table), "number_sample_per_shard": 2, "retries": 0}
+        made = Urls.model_validate({**settings, "allow_private_hosts": True, "host_rate": 0})
+        run_here(Download("urls", made), store)
+        for shard in ("00001", "00002"):
+            Path(store.url(f"urls/images/commits/{shard}.json")).unlink()  # not downloaded yet
+        (tmp_path / "down.txt").write_text(f"{links[0]}\n{links[2]}#x\n")
+        down = ["--urls", str(tmp_path / "down.txt"), "--root", store.root]
+        assert call(monkeypatch, capsys, "drop", *down)[0] == 0
+        web.hits.clear()
+        run_here(Download("urls", made), store)
+        assert (web.count("/0.jpg"), web.count("/2.jpg")) == (0, 0)
+        assert (web.count("/3.jpg"), web.count("/4.jpg")) == (1, 1)
+
+
 def test_a_link_that_came_back_goes_again(store):
     url = _rows(store, IMAGES, "00000")[1]["url"]
     drops.add(store, "openmoji", {}, [link_hash(url)])

@@ -109,7 +109,8 @@ def _made(store: Store, folder: str, name: str, found: Iterator[pa.Table]) -> li
 
 
 def read(store: Store, folder: str, name: str) -> Iterator[Row]:
-    """A shard's rows.
+    """A shard's rows; empty where a link was taken down since the list was read, as `blank` will
+    leave them.
 
     Raises:
         BrokenShard: they are gone, or others.
@@ -125,8 +126,12 @@ def read(store: Store, folder: str, name: str) -> Iterator[Row]:
         raise BrokenShard(f"{store.url(path)} cannot be read; delete it and run again") from error
     if _name(table) != _content(table, name):
         raise BrokenShard(f"{store.url(path)} holds other rows; delete it and run again")
-    for row in table.to_pylist():
-        yield Row(row["url"], row["caption"], row["hash"], row.get("fault") or "")
+    gone = set(_rows_of(table, read_links(store, folder.rpartition("/")[0])))
+    for number, row in enumerate(table.to_pylist()):
+        if number in gone:
+            yield Row(None, None, None)
+        else:
+            yield Row(row["url"], row["caption"], row["hash"], row.get("fault") or "")
 
 
 def rows_to_blank(
