@@ -184,7 +184,8 @@ def _instead_of_null(path: list[str]) -> str:
 
 def _suggest(path: list[str]) -> str:
     """The key that was probably meant: of this section, or of the same name in another one."""
-    *section, word = [part for part in path if not part.isdigit()]  # places in a list
+    *section, word = path
+    section = [part for part in section if not part.isdigit()]  # without places in a list
     known = _keys()
     siblings = {k[-1] for k in known if len(k) == len(section) + 1 and _matches(k[:-1], section)}
     elsewhere = [k for k in known if k[-1] == word and k[0] != "stages"]

@@ -48,6 +48,7 @@ _NOT_OF_DATA = {
     "sources",
 }
 _NOT_OF_STAGE = {"save_every", "microbatch", "sources"}
+_OF_EVERY_RECORD = {"after", "data", "stage"}  # of whatever version
 WEIGHTS_BEFORE = "weights_before"  # in a stage's settings: sha256 of the file it goes on from
 
 
@@ -177,7 +178,10 @@ def settings_record(data: bytes, where: object) -> dict[str, Any]:
         SettingError: it is damaged.
     """
     remedy = "put it back, or remove it: checkpoints that were begun with these settings go on"
-    return intact.record(data, where, dict, remedy)
+    found = intact.record(data, where, dict, remedy)
+    if not found.keys() >= _OF_EVERY_RECORD:
+        raise SettingError(f"{where}: damaged, not what a stage is begun with; {remedy}")
+    return found
 
 
 def check_whole(plan: Plan, say: Callable[[str], None]) -> None:

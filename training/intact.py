@@ -1,4 +1,7 @@
-"""Whether the files of a run are whole, told without torch: each answer is what is wrong, or ""."""
+"""Whether the files of a run are whole, told without torch: each answer is what is wrong, or "".
+
+What may not be read, or is no file, is not damaged: that raises OSError.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ def weights_fault(path: Path) -> str:
     """Of a safetensors file that is there: its header says how long it has to be."""
     from safetensors import SafetensorError, safe_open
 
+    open(path, "rb").close()
     try:
         with safe_open(path, "np"):
             return ""
@@ -25,6 +29,7 @@ def weights_fault(path: Path) -> str:
 def checkpoint_fault(path: Path) -> str:
     """Of a checkpoint that is there: torch writes a zip file, with a checksum of each part, which
     torch itself does not look at. Read once for as long as the file stays the same."""
+    open(path, "rb").close()
     stat = path.stat()
     if not stat.st_size:
         return "it is empty"

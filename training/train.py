@@ -31,8 +31,8 @@ INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0; 2 after a line on standard error that says what to change; 1 where a disk or
-    store fails; 130 after Ctrl-C; 143 after SIGTERM, with a checkpoint saved."""
+    """Exit code: 0; 2 after a line on standard error that says what to change; 1 where a disk,
+    store or file fails; 130 after Ctrl-C; 143 after SIGTERM, with a checkpoint saved."""
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2
@@ -103,6 +103,12 @@ def main(arguments: list[str]) -> int:
         # Of any rank: each may have its own disk.
         for line in _message(error).splitlines():
             print(f"train: {line}", file=sys.stderr)
+        return 1
+    except OSError as error:  # of a file of the run: a folder in its place, no right to read it
+        if error.filename is None:
+            raise
+        said = f"cannot use {error.filename2 or error.filename}: {error.strerror or error}"
+        print(f"train: {said}; put that right, and the same command goes on", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, SystemExit) as error:  # Composer makes the one of the other
         if isinstance(error, SystemExit) and error.code != INTERRUPTED:

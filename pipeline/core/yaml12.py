@@ -13,6 +13,7 @@ import yaml
 
 from pipeline.core.errors import SettingError
 
+_VALUES = 100_000  # of a file, at most
 _NULLS = ("", "~", "null", "Null", "NULL")
 
 
@@ -68,7 +69,10 @@ def parse(text: str, where: object) -> Any:
         SettingError: no YAML; says where it is wrong. `where` names the file.
     """
     try:
-        return yaml.load(text, _Loader)
+        found = yaml.load(text, _Loader)
+        if not _is_tree(found):
+            raise ValueError("its aliases (*name) never end, or stand for too many values")
+        return found
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
@@ -77,6 +81,18 @@ def parse(text: str, where: object) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         said = " ".join(str(error).split())[:200]
         raise SettingError(f"{where}: not YAML: {said}") from error
+
+
+def _is_tree(found: Any) -> bool:
+    """Whether it ends, with each alias written out."""
+    left, count = [found], 0
+    while left and count < _VALUES:
+        value, count = left.pop(), count + 1
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    return count < _VALUES
 
 
 def parse_value(text: str, where: object) -> Any:

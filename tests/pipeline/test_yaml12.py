@@ -11,6 +11,9 @@ from pipeline.core.errors import SettingError
 from pipeline.core.yaml12 import parse, parse_arguments
 
 SAME = object()
+BOMB = "0: &0 [x]\n" + "".join(
+    f"{n + 1}: &{n + 1} [{', '.join([f'*{n}'] * 9)}]\n" for n in range(30)
+)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,8 @@ def test_merged_keys_may_be_overridden() -> None:
         ("1: a\n'1': b", "line 2: key 1 is there twice"),
         ("? [a]\n: 1", "line 1: a key has to be a word"),
         ("a: [", "line 1: while parsing"),
+        ("a: &a\n  b: *a", "its aliases (*name) never end"),
+        (BOMB, "or stand for too many values"),
         ("a: !!python/object:os.system x", "could not determine a constructor"),
         ("a: !!int x", "invalid literal"),
         ("a: *b", "found undefined alias"),

@@ -253,6 +253,7 @@ def test_a_stage_begun_before_a_setting_existed_goes_on(
         ("stages.masked.mask", "tread", "stages.masked: mask tread without tread_blocks: give one"),
         ("model.feed_forward", "swigl", 'did you mean "swiglu"?'),
         ("base", "x.yaml", "base: unknown key"),
+        ("3", 4, "3: unknown key"),
         ("stages.full.warmup", 7, "stages.full: warmup 7: must be shorter than steps 7"),
         (
             "precision",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +79,9 @@ def empty(path: Path) -> None:
     path.touch()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe{}", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"\xff\xfe{}", b"[" * 100_000, b"{}"]
+)
 @pytest.mark.parametrize("name", ["full/settings.json", "masked/settings.json"])
 def test_settings_json(run: Path, start: Start, name: str, content: bytes) -> None:
     (run / name).write_bytes(content)
@@ -88,6 +91,32 @@ def test_settings_json(run: Path, start: Start, name: str, content: bytes) -> No
     assert "put it back, or remove it" in lines[0]
     (run / name).unlink()
     assert start()[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        ("full/settings.json", os.mkdir),
+        ("full/metrics.jsonl", os.mkdir),
+        ("full/step-00000004.pt", os.mkdir),
+        ("full/step-00000004.pt", lambda path: os.symlink(path.name, path)),
+        ("model.safetensors", os.mkdir),
+    ],
+)
+def test_what_is_no_file(
+    run: Path, start: Start, name: str, broken: Callable[[Path], object]
+) -> None:
+    """A folder, or a link to itself, in its place: named, and never set aside as damaged."""
+    if name.startswith("full/"):
+        (run / "full/model.safetensors").unlink()  # so that it goes on
+    (run / name).unlink()
+    broken(run / name)
+    code, lines = start("checkpoint.skip_damaged=true")
+    assert code == 1
+    assert [line for line in lines if line.startswith(("Trace", "train: "))] == lines[-1:]
+    assert lines[-1].startswith(f"train: cannot use {run}/")
+    assert name in lines[-1]
+    assert os.path.lexists(run / name)
 
 
 @pytest.mark.parametrize("content", [b"", b"[{", b"{}", b"[3]", b'[{"to": "4"}]'])
