@@ -125,8 +125,12 @@ def find(checkpoint: str) -> Path:
     """The weights file of a run's folder, or the file itself.
 
     Raises:
-        SettingError: nothing there.
+        SettingError: nothing there, or no path.
     """
+    if not checkpoint or "://" in checkpoint:
+        raise SettingError(
+            f'checkpoint "{checkpoint}": give a path on this machine, of a run\'s folder or a file'
+        )
     path = Path(checkpoint)
     if path.is_dir():
         path = path / "model.safetensors"
