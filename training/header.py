@@ -136,7 +136,8 @@ def find(checkpoint: str) -> Path:
         path = path / "model.safetensors"
     if not path.is_file():
         raise SettingError(
-            f"checkpoint {checkpoint}: no file {path}; a run writes it at the end of each stage"
+            f"checkpoint {checkpoint}: no file {path}; a run writes it at the end of each "
+            "stage, and of a file of the official code python -m training.convert import makes one"
         )
     return path
 
