@@ -17,7 +17,7 @@ from pipeline.core.errors import SettingError
 from pipeline.core.location import located
 from pipeline.core.version import version_line
 from training import ranks
-from training.options import require_folder
+from training.options import local, require_folder
 
 FORMATS = ("safetensors", "official", "diffusers")
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(
                 import_file(
                     Path(options.file),
-                    Path(options.out or Path(options.file).with_suffix("")),
+                    local("--out", options.out or str(Path(options.file).with_suffix(""))),
                     options.arch,
                     options.vae,
                     options.text_encoder,
@@ -55,7 +55,7 @@ def export(options: argparse.Namespace) -> str:
     """Writes the wanted form; what to tell the user."""
     from training import official, weights
 
-    path, out = weights.find(options.checkpoint), Path(options.out)
+    path, out = weights.find(options.checkpoint), local("--out", options.out)
     if options.to == "diffusers":
         from training.export.folder import write
 

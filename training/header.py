@@ -99,7 +99,7 @@ class Passport(BaseModel):
     @field_validator("objective")
     @classmethod
     def _objective(cls, objective: dict[str, Any]) -> dict[str, Any]:
-        if objective.get("name") not in OBJECTIVES:
+        if objective.get("name") not in list(OBJECTIVES):  # which compares, whatever it is
             raise ValueError(f"name {objective.get('name')}: known are {', '.join(OBJECTIVES)}")
         for key, value in objective.items():
             if key != "name" and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -125,14 +125,19 @@ def find(checkpoint: str) -> Path:
     """The weights file of a run's folder, or the file itself.
 
     Raises:
-        SettingError: nothing there.
+        SettingError: nothing there, or no path.
     """
+    if not checkpoint or "://" in checkpoint:
+        raise SettingError(
+            f'checkpoint "{checkpoint}": give a path on this machine, of a run\'s folder or a file'
+        )
     path = Path(checkpoint)
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.is_file():
         raise SettingError(
-            f"checkpoint {checkpoint}: no file {path}; a run writes it at the end of each stage"
+            f"checkpoint {checkpoint}: no file {path}; a run writes it at the end of each "
+            "stage, and of a file of the official code python -m training.convert import makes one"
         )
     return path
 
@@ -186,6 +191,7 @@ def read_record(path: Path) -> dict[str, Any]:
         )
     try:
         record = json.loads(metadata[METADATA_KEY], parse_float=_finite, parse_constant=_finite)
+        json.dumps(record, ensure_ascii=False).encode()  # half a character cannot be printed
     except (ValueError, RecursionError) as error:
         raise SettingError(f"{path}: broken passport (no JSON: {_short(error)})") from error
     if not isinstance(record, dict):

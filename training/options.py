@@ -17,24 +17,37 @@ if TYPE_CHECKING:
     import torch
 
 
+MOST = 1_000_000  # steps, pictures of a batch or split: beyond that a number is a slip
+
+
 def check(options: argparse.Namespace, counts: Sequence[str]) -> None:
     """Numbers and the folder for results.
 
     Args:
-        counts: names of the options that have to be 1 or more.
+        counts: names of the options that say how many.
 
     Raises:
         SettingError: names option, value and remedy.
     """
     for name in counts:
         value = getattr(options, name)
-        if value < 1:
-            raise SettingError(f"--{name.replace('_', '-')} {value}: use 1 or more")
+        if not 1 <= value <= MOST:
+            raise SettingError(f"--{name.replace('_', '-')} {value}: use 1 to {MOST}")
     if not (math.isfinite(options.guidance) and options.guidance >= 0):
         raise SettingError(
             f"--guidance {options.guidance}: give a number of 0 or more; 1 is no guidance"
         )
-    require_folder("--out", Path(options.out))
+    require_folder("--out", local("--out", options.out))
+
+
+def local(option: str, text: str) -> Path:
+    """
+    Raises:
+        SettingError: nothing, or a URL, which as a path would be a folder named `s3:`.
+    """
+    if not text or "://" in text:
+        raise SettingError(f'{option} "{text}": give a path on this machine')
+    return Path(text)
 
 
 def require_folder(option: str, path: Path) -> None:
@@ -69,7 +82,7 @@ def device_of(name: str) -> torch.device:
         raise SettingError(
             f"--device {name}: cannot be used here ({text}); use cpu, or leave it out"
         ) from error
-    return device
+    return device if device.type != "cpu" else torch.device("cpu")  # there is no cpu:7
 
 
 def read_prompts(arguments: Sequence[str]) -> list[str]:

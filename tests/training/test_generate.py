@@ -21,7 +21,7 @@ from training.dit_config import DiTConfig
 from training.generate import Painter, main
 from training.objectives.edm import EDM
 from training.objectives.flow import Flow
-from training.options import read_prompts
+from training.options import device_of, read_prompts
 from training.sheet import contact_sheet
 
 PROMPTS = ["avocado on a blue background", "rocket", "rocket"]
@@ -233,8 +233,8 @@ def test_prompts_that_are_none(tmp_path: Path, argument: str, message: str) -> N
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--steps", "0", "--steps 0: use 1 or more"),
-        ("--batch-size", "-1", "--batch-size -1: use 1 or more"),
+        ("--steps", "0", "--steps 0: use 1 to 1000000"),
+        ("--batch-size", "-1", "--batch-size -1: use 1 to 1000000"),
         ("--guidance", "nan", "--guidance nan: give a number of 0 or more"),
         ("--guidance", "inf", "--guidance inf: give a number of 0 or more"),
         ("--guidance", "-1", "--guidance -1.0: give a number of 0 or more"),
@@ -242,6 +242,10 @@ def test_prompts_that_are_none(tmp_path: Path, argument: str, message: str) -> N
         ("--device", "cuda:99", "--device cuda:99: cannot be used here"),
         ("--device", "meta", "--device meta: cannot be used here"),
         ("--device", "gpu", "--device gpu: cannot be used here"),
+        ("--out", "", '--out "": give a path on this machine'),
+        ("--out", "s3://bucket/out", '--out "s3://bucket/out": give a path'),
+        ("--checkpoint", "s3://bucket/run", 'checkpoint "s3://bucket/run": give a path'),
+        ("--steps", "100000000000", "--steps 100000000000: use 1 to 1000000"),
         ("--out", __file__, f"--out {__file__}: {__file__} is a file"),
         ("--out", f"{__file__}/under", f"{__file__} is a file"),
         ("--out", "o" * 300, "cannot be a folder"),
@@ -262,6 +266,11 @@ def test_arguments_that_cannot_be_used(
     assert len(lines) == 1
     assert message in lines[0]
     assert not out.exists()
+
+
+def test_there_is_one_cpu() -> None:
+    """Torch takes cpu:7 for it; safetensors does not, and called the weights truncated."""
+    assert str(device_of("cpu:7")) == "cpu"
 
 
 def test_a_folder_that_cannot_be_written(

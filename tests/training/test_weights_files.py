@@ -89,6 +89,11 @@ HEADER: dict[str, tuple[Damage, str]] = {
     "scale 0": (passport(lambda r: r["vae"].update(scale=0.0)), "vae.scale 0.0: must be above 0"),
     "no objective": (passport(lambda r: r.pop("objective") and None), "objective is missing"),
     "objective a text": (passport(lambda r: r.update(objective="edm")), "broken passport (obj"),
+    "objective's name a list": (
+        passport(lambda r: r["objective"].update(name=[])),
+        "broken passport (objective: name []",
+    ),
+    "half a character": (passport(lambda r: r.update(run="\ud800")), "broken passport (no JSON"),
     "sigma a text": (passport(lambda r: r["objective"].update(sigma_data="1")), "sigma_data '1'"),
     "text mode": (passport(lambda r: r.update(text="half")), "broken passport (text: Input"),
     "width in quotes": (model(width="32"), "broken passport (model: width: Input should be"),
