@@ -113,7 +113,7 @@ def test_another_extension(cats):
     assert found["000000001"] == found["000000002"] == "no-caption"
 
 
-@pytest.mark.parametrize("text", ["", " \n\t ", "\x00\x07"])
+@pytest.mark.parametrize("text", ["", " \n\t ", "\x00\x07", "\u200b\ufeff "])
 def test_an_empty_text_is_no_caption(cats, text):
     (cats / "a.txt").write_text(text)
     assert fetch(Folder(folder=str(cats)))["000000000"] == "no-caption"
