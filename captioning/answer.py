@@ -12,10 +12,15 @@ from typing import Any
 from captioning.clean import PASSES, one_line
 
 _FLAGS = re.IGNORECASE | re.DOTALL
-_THINK = r"(?:think|thinking|thoughts?|reasoning|reflection|analysis|seed:think|tool_call)"
-#: How thoughts begin and end: XML, Mistral's, Kimi's, Skywork's, and Gemma's channel.
-_OPEN = rf"<{_THINK}\b[^<>]*>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel>thought"
-_CLOSE = rf"</{_THINK}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<channel\|>"
+_THINK = (
+    r"(?:think|thinking|thoughts?|reasoning|reflection|reason|scratchpad|analysis|seed:think"
+    r"|tool_call)"
+)
+#: How thoughts begin and end: XML, Mistral's, Kimi's, Skywork's and Cohere's, Gemma's channel.
+_OPEN = (
+    rf"<{_THINK}\b[^<>]*>|\[THINK\]|◁think▷|<\|(?:start_|begin_of_){_THINK}\|>|<\|channel>thought"
+)
+_CLOSE = rf"</{_THINK}>|\[/THINK\]|◁/think▷|<\|end_(?:of_)?{_THINK}\|>|<channel\|>"
 _THOUGHT = re.compile(rf"(?:{_OPEN})(?:(?!{_OPEN}).)*?(?:{_CLOSE})", _FLAGS)
 _THOUGHT_ENDS = re.compile(rf"^.*(?:{_CLOSE})", _FLAGS)  # a prompt may have begun it
 _THOUGHT_BEGINS = re.compile(rf"(?:{_OPEN}).*$", _FLAGS)  # and max_tokens cut it off
@@ -45,6 +50,12 @@ _BEGINNING = re.compile(
     rf"|<start_of_turn>\s*{_ROLE}|<\|{_ROLE}\|>|\[/INST\]|{_ROLE}\s*(?::|\n))\s*",
     re.IGNORECASE,
 )
+#: The prompt, written once more before the answer.
+_ECHO = re.compile(
+    r"^\s*(?:<s>|<bos>)?\s*(?:\[INST\].*?\[/INST\]|(?:user|human)\s*:.*?\bassistant\s*:)", _FLAGS
+)
+#: What programs write where there is nothing.
+_NOTHING = re.compile(r"(?:null|none|nil|n/a|nan|undefined|true|false)\W*", re.IGNORECASE)
 _NUMBERS = r"[\d\s,.;()\[\]{}%-]"
 _GROUND = r"box|quad|det|bbox|object|polygon|coords?|location"
 #: Places in the picture, with the tags around them.
@@ -88,7 +99,8 @@ def answer(text: str) -> str:
         if line == text:
             break
         text = line
-    return line if any(map(str.isalnum, line)) and not _ALOUD.match(line) else ""
+    said = any(map(str.isalnum, line)) and not _NOTHING.fullmatch(line)
+    return line if said and not _ALOUD.match(line) else ""
 
 
 def _without_thoughts(text: str) -> str:
@@ -108,6 +120,7 @@ def _spoken(text: str) -> str:
 
 
 def _without_tokens(text: str) -> str:
+    text = _ECHO.sub("", text)
     while (shorter := _BEGINNING.sub("", text).strip()) != text:
         text = shorter
     for end in _NEXT.finditer(text):

@@ -15,7 +15,9 @@ from pipeline.core import colour
 from pipeline.core.errors import BadPicture
 
 _PADDED = ("BMP", "DIB", "TIFF")  # formats whose fourth channel may be nothing but padding
-_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
+_BITS, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 258, 262, 284, 339  # TIFF tags
+_SEPARATE = 2
+_SIZ = b"\xff\x4f\xff\x51"  # how a JPEG 2000's own header begins
 _SIGNED = 2
 _WHITE_IS_ZERO = 0
 _SLACK = 1e-3  # by which a float picture may leave 0 to 1
@@ -35,7 +37,10 @@ def to_rgb(image: Image.Image, data: bytes | None = None) -> tuple[Image.Image, 
     """
     raw = _raw_mode(image)
     profile = image.info.get("icc_profile")  # Pillow may forget it with the first conversion
+    if _deep_planes(image):
+        _read_whole_samples(image)
     image.load()
+    _refuse_wrapped(image, data)
     base, alpha = _planes(image, raw, data)
     shown, note = colour.to_srgb(base, profile)
     if alpha is not None:
@@ -53,7 +58,7 @@ def base_mode(image: Image.Image) -> str:
 
 def once_misread(image: Image.Image) -> bool:
     """Whether the first version gave other pixels of it: by its header, but for padded ones."""
-    if _deep_key(image, _raw_mode(image)) is not None:
+    if _deep_key(image, _raw_mode(image)) is not None or _deep_planes(image):
         return True
     if colour.changes(image.info.get("icc_profile"), base_mode(image)):
         return True
@@ -120,6 +125,36 @@ def _grey(image: Image.Image, raw: str) -> tuple[Image.Image, Image.Image | None
 def _refuse_signed(image: Image.Image) -> None:
     if _SIGNED in _tag(image, _SAMPLE_FORMAT):
         raise BadPicture("undecodable", "signed samples: no agreed range")
+
+
+def _deep_planes(image: Image.Image) -> bool:
+    """Whether it is a plain TIFF of 16 bits whose colours lie one behind the other, of which Pillow
+    takes every byte for a sample."""
+    tile: Any = getattr(image, "tile", None)
+    deep = _tag(image, _PLANES) == (_SEPARATE,) and set(_tag(image, _BITS)) == {16}
+    return bool(deep and tile and tile[0].codec_name == "raw")
+
+
+def _read_whole_samples(image: Any) -> None:
+    order = ";16B" if image.tag_v2.prefix == b"MM" else ";16L"
+    image.tile = [
+        part._replace(args=(part.args[0] + order, *part.args[1:]))
+        for part in image.tile
+        if isinstance(part.args, tuple)
+    ]
+
+
+def _refuse_wrapped(image: Image.Image, data: bytes | None) -> None:
+    """Pillow rounds the deep samples of a JPEG 2000 in colours so that its lightest become 0."""
+    if image.format != "JPEG2000" or data is None or image.mode.startswith("I"):
+        return
+    at = data.find(_SIZ)
+    count = int.from_bytes(data[at + 40 : at + 42], "big") if at >= 0 else 0
+    bits = max(((depth & 0x7F) + 1 for depth in data[at + 42 : at + 42 + 3 * count : 3]), default=8)
+    if bits > 8 and any(low == 0 for low, _ in (band.getextrema() for band in image.split())):
+        raise BadPicture(
+            "undecodable", f"JPEG 2000 of {bits} bits, whose black and white come out alike"
+        )
 
 
 def _tag(image: Image.Image, number: int) -> tuple[Any, ...]:

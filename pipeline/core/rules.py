@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pipeline.core import metadata
+from pipeline.core import metadata, urls
 from pipeline.core.errors import BadPicture
 from pipeline.core.images import Header, orientation, read, read_header, resize
 from pipeline.core.samples import ImageSample, RawImage, Reject
@@ -76,9 +76,9 @@ def keep(raw: RawImage, rules: Rules) -> ImageSample | Reject:
 
 def readable(caption: str) -> str:
     """Without control characters and half surrogate pairs, which no parquet or tokenizer takes;
-    white space at the ends goes, and runs of it are one space."""
+    white space at the ends goes, and runs of it are one space. "" where nothing can be seen."""
     text = "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in caption)
-    return " ".join(text.split())
+    return " ".join(text.split()) if urls.stripped(text) else ""
 
 
 def _kept(raw: RawImage, rules: Rules) -> ImageSample:

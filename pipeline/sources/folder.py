@@ -134,6 +134,8 @@ class Folder(BaseModel):
                 entries = tuple(_entry(files, row.name, odd.get(row.name, "")) for row in some)
                 spec = (self._versions(files, some, texts), _digest(some), first, entries)
                 shards.append(InputShard(f"{start + number:05d}", split, spec))
+        if self.holdout:
+            self._require_held_out({shard.id for shard in shards})
         return shards
 
     def fetch(
@@ -266,6 +268,24 @@ class Folder(BaseModel):
             return LARGEST  # begun by a version that knew no other
         store.write_json(record, size)
         return size
+
+    def _require_held_out(self, planned: set[str]) -> None:
+        """
+        Raises:
+            SettingError: shards were made when nothing was held out, and no later ones would take
+                their places: training would go on reading what they hold.
+        """
+        if self._kept is None:
+            return
+        store, group = Store(self._kept[0]), layout.images_group(posixpath.dirname(self._kept[1]))
+        made = {name.removesuffix(".json") for name in store.names(f"{group}/commits")}
+        left = sorted(made - planned)
+        if left and not any(int(shard) >= HELD_OUT_FROM for shard in made):
+            raise SettingError(
+                f"holdout={self.holdout}: {store.url(group)} was made without it, and its shards "
+                f"{', '.join(left[:5])} would still train on what is held out now; give another "
+                "--root, or the source another name"
+            )
 
     # Fetching.
 

@@ -72,6 +72,8 @@ class HubDataset(BaseModel):
             for first, rows in parquet_rows.ranges(file.footer.groups, self.samples_per_shard):
                 spec = (path, file.content, first, rows, file.footer.rows)
                 found.append(InputShard(f"{len(found):05d}", split, spec))
+        if not found:
+            raise SettingError(f"repo={self.repo}: its parquet files have no rows")
         return found
 
     def fetch(
@@ -208,7 +210,7 @@ class HubDataset(BaseModel):
         """Those that say something."""
         if not self.caption_col:
             return ("",)
-        given = (t for t in self._several(row) if t is not None and not isinstance(t, bytes))
+        given = (t for t in self._several(row) if not (t is None or t != t or isinstance(t, bytes)))
         return tuple(str(text) for text in given if readable(str(text)))
 
     def _several(self, row: dict[str, Any]) -> list[Any]:

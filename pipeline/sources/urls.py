@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr
 
 from pipeline.core.errors import SettingError
 from pipeline.core.location import Location
-from pipeline.core.rules import Rules
+from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
 from pipeline.core.store import Store
 from pipeline.core.urls import stripped
@@ -128,7 +128,7 @@ class Urls(HttpSettings):
             return Reject(key, "download", "malformed-row", row.fault, ref)
         if not ref.url:
             return Reject(key, "download", "refused", "no link in this row", ref)
-        if self.caption_col is not None and not ref.caption.strip():
+        if self.caption_col is not None and not readable(ref.caption):
             return Reject(key, "download", "no-caption", "no caption in this row", ref)
         if self.verify_hash is not None and not (row.hash or "").strip():
             return Reject(key, "download", "hash-mismatch", "no hash in this row", ref)

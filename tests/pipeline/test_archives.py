@@ -47,6 +47,13 @@ def test_a_compressed_tar_is_read_to_its_checksum(tmp_path, packed, damage):
         list(members(at(tmp_path / "x.tgz", broken)))
 
 
+def test_names_that_are_no_utf_8_are_no_paths(tmp_path):
+    path = tmp_path / "latin.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        tar.addfile(tarfile.TarInfo("été.txt"))
+    assert [(m.name, m.reason) for m in members(path)] == [("\\xe9t\\xe9.txt", "")]
+
+
 def test_members_of_a_zip_in_the_order_asked_for(tmp_path):
     path = at(tmp_path / "x.zip", upstream.zipped(FILES))
     found = list(named(path, ["a/1.jpg", "none", "a/0.txt"]))

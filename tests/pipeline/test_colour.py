@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import zlib
@@ -224,6 +225,25 @@ def keyed_png(samples: np.ndarray, bits: int, key: tuple[int, ...]) -> bytes:
     return plain[:at] + chunk + plain[at:]
 
 
+def planar_tiff(order: str) -> bytes:
+    """16 bits a sample: all reds, then all greens, then all blues, in one strip each."""
+    planes = [LEVELS[..., n].astype(f"{order}u2") * 257 for n in range(3)]
+    size, at = planes[0].nbytes, 8 + 2 + 12 * 10 + 4
+    more = struct.pack(
+        order + "3H6I", 16, 16, 16, *(at + 30 + n * size for n in range(3)), *[size] * 3
+    )
+    tags = [(256, 4, 1, 48), (257, 4, 1, 32), (258, 3, 3, at), (259, 3, 1, 1), (262, 3, 1, 2)]
+    tags += [(273, 4, 3, at + 6), (277, 3, 1, 3), (278, 4, 1, 32), (279, 4, 3, at + 18)]
+    tags += [(284, 3, 1, 2)]
+    entries = b"".join(
+        struct.pack(order + ("HHIHxx" if k == 3 and n == 1 else "HHII"), t, k, n, v)
+        for t, k, n, v in tags
+    )
+    head = b"II*\0\x08\0\0\0" if order == "<" else b"MM\0*\0\0\0\x08"
+    body = b"".join(plane.astype(f"{order}u2").tobytes() for plane in planes)
+    return head + struct.pack(order + "H", len(tags)) + entries + b"\0\0\0\0" + more + body
+
+
 DEEP = LEVELS.astype(np.uint16) * 256
 DEEP[0, 0] = (40 * 256 + 1, 50 * 256 + 2, 60 * 256 + 3)
 DEEP[0, 1] = (40 * 256 + 1, 50 * 256 + 2, 60 * 256 + 4)  # the same but for a low byte
@@ -245,6 +265,8 @@ MEANT = {
     "tiff float": (tiff((GREY / 255).astype("<f4"), 32, 3), GREY3),
     "tiff float, white is 0": (tiff((GREY / 255).astype("<f4"), 32, 3, 0), 255 - GREY3),
     "tiff 16 bit, white is 0": (tiff(GREY.astype("<u2") << 8, 16, 1, 0), 255 - GREY3),
+    "tiff 16 bit, a plane for each colour": (planar_tiff("<"), LEVELS),
+    "tiff 16 bit, planes, big-endian": (planar_tiff(">"), LEVELS),
     "tiff 12 bit": (twelve_bit_tiff(), GREY3),
     "tiff 8 bit, white is 0": (tiff(GREY, 8, 1, 0), 255 - GREY3),
     "pgm 16 bit": (b"P5 48 32 65535\n" + (GREY.astype(int) * 257).astype(">u2").tobytes(), GREY3),
@@ -310,6 +332,30 @@ def test_numbers_without_an_agreed_meaning_are_refused(data):
     with pytest.raises(BadPicture, match="no agreed range") as error:
         read_pixels(data)
     assert error.value.reason == "undecodable"
+
+
+#: 8 by 8 pixels of one colour with 16 bits a sample, by OpenJPEG; Pillow writes no such files.
+DEEP_JPEG_2000 = {
+    200: (
+        "/0//UQAvAAAAAAAIAAAACAAAAAAAAAAAAAAACAAAAAgAAAAAAAAAAAADDwEBDwEBDwEB/1IADQECAAEBAAQE"
+        "AAGI/1wABECA/5AACgAAAAAAoAAB/5PD/hUAEVBUo2r9SAAAADCQl3XrAAwkJeCTYAAYSEaoUMJCXho6AAGE"
+        "hGqFDCQl3/C8EVBUooNWKAAAADCQizCBhISEBoBhIS8I3AAAwkI1QoYSEhAaAYSEvCNwAAMJCNXf8LwRUFSi"
+        "g1YoAAAAMJCLMIGEhIQGgGEhLwjcAADCQjVChhISEBoBhIS8I3AAAwkI1f/Z"
+    ),
+    255: (
+        "/0//UQAvAAAAAAAIAAAACAAAAAAAAAAAAAAACAAAAAgAAAAAAAAAAAADDwEBDwEBDwEB/1IADQECAAEBAAQE"
+        "AAGI/1wABECA/5AACgAAAAAAggAB/5PB/A0AFABcon22kAADCQl/Ru4AAABhIRiBIwkJeGjf8KARUFSvgj1I"
+        "AAGEhGqFDCQkIDQDCQj3DBhIS/pViAAAAwkIxAkYSEhA3/CgEVBUr4I9SAABhIRqhQwkJCA0AwkI9wwYSEv6"
+        "VYgAAAMJCMQJGEhIQP/Z"
+    ),
+}
+
+
+def test_a_deep_jpeg_2000_whose_white_came_out_black_is_refused():
+    found = shown(base64.b64decode(DEEP_JPEG_2000[200]))
+    assert abs(found - [20, 200, 20]).max() <= 1
+    with pytest.raises(BadPicture, match="16 bits, whose black and white come out alike"):
+        read_pixels(base64.b64decode(DEEP_JPEG_2000[255]))
 
 
 def test_lab():

@@ -113,7 +113,7 @@ def test_another_extension(cats):
     assert found["000000001"] == found["000000002"] == "no-caption"
 
 
-@pytest.mark.parametrize("text", ["", " \n\t ", "\x00\x07"])
+@pytest.mark.parametrize("text", ["", " \n\t ", "\x00\x07", "\u200b\ufeff "])
 def test_an_empty_text_is_no_caption(cats, text):
     (cats / "a.txt").write_text(text)
     assert fetch(Folder(folder=str(cats)))["000000000"] == "no-caption"
@@ -425,6 +425,27 @@ def test_a_share_of_the_pictures_is_held_out_by_their_names(tmp_path):
         assert {before[i.ref.url] for i in items if i.ref is not None} == {shard.split}
     with pytest.raises(ValueError, match="takes its share of split=train alone"):
         Folder(folder=str(tmp_path), holdout=0.1, split="val")
+
+
+def test_shards_that_would_train_on_what_is_held_out_now_are_named(tmp_path):
+    for number in range(60):
+        (tmp_path / f"{number}.jpg").touch()
+    store = Store(tmp_path / "root")
+
+    def planned(holdout: float) -> list[str]:
+        source = Folder(
+            folder=str(tmp_path), captions="none", samples_per_shard=20, holdout=holdout
+        )
+        source.attach(store, "cats/lists")
+        return [shard.id for shard in source.shards()]
+
+    for shard in planned(0.0):
+        store.write(f"cats/images/commits/{shard}.json", b"{}")
+    assert planned(0.01) == ["00000", "00001", "00002"]
+    with pytest.raises(SettingError, match="its shards 00001, 00002 would still train"):
+        planned(0.7)
+    store.write("cats/images/commits/90000.json", b"{}")  # it was held out from the beginning
+    assert "00001" not in planned(0.7)
 
 
 # Links and other things that are no files.

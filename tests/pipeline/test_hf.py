@@ -144,6 +144,15 @@ def test_a_binary_column(tmp_path):
     assert captions(source) == ["one"]
 
 
+def test_no_number_is_no_caption_and_no_rows_are_no_dataset(tmp_path):
+    path = tmp_path / "train.parquet"
+    path.write_bytes(parquet([{"image": jpeg(1), "text": x} for x in (1.5, float("nan"))]))
+    assert captions(HubDataset(repo=str(tmp_path))) == ["1.5", "no-caption"]
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+    with pytest.raises(SettingError, match="have no rows"):
+        HubDataset(repo=str(tmp_path)).shards()
+
+
 def test_rows_that_lack_something(tmp_path):
     good = jpeg(1)
     cells = [

@@ -314,6 +314,15 @@ def test_columns_as_pandas_and_polars_write_them(tmp_path, store):
     assert faults_of(made)[1] == "row 2: caption: no UTF-8"
     pq.write_table(pa.table({"url": urls, "caption": bad.dictionary_encode()}), path)
     assert faults_of(source(store, url_list=str(path)))[1] == "row 2: caption: no UTF-8"
+    number = pa.array([1.5, float("nan")])
+    pq.write_table(pa.table({"url": ["http://h/0", "http://h/1"], "caption": number}), path)
+    assert [caption for _, caption in rows_of(source(store, url_list=str(path)))] == ["1.5", None]
+    for kind in (pa.binary(3), pa.binary_view()):
+        three = pa.array([b"one", b"\xfftw"], kind)
+        pq.write_table(pa.table({"url": ["http://h/0", "http://h/1"], "caption": three}), path)
+        made = source(store, url_list=str(path))
+        assert [caption for _, caption in rows_of(made)] == ["one", None]
+        assert faults_of(made)[1] == "row 2: caption: no UTF-8"
 
 
 def test_a_folder_of_lists_is_read_in_order_of_name(tmp_path, store):
@@ -449,7 +458,9 @@ def test_a_column_that_is_not_there_is_named(tmp_path, store, format):
         ("list.parquet", b"PAR1 no", "url_list=.*not a table in format parquet"),
         ("list.json", b"{", "url_list="),
         ("list.json", b"[1, 2]", "a row is no JSON object"),
-        ("list.csv", b'url,"caption\n' + b"http://h/0,x\n" * 20_000, "not a table in format csv"),
+        ("list.csv", b'url,"caption\n' + b"http://h/0,x\n" * 2000, "csv: its header, line 1: "),
+        ("list.csv", b'"url,caption\nhttp://h/0,"x"\n', "csv: its header, line 1: "),
+        ("list.tsv", b'"url\tcaption\n' + b"http://h/0\tx\n" * 9, "tsv: its header, line 1: "),
         ("list.csv", "url,caption é\nhttp://h/0,x\n".encode("latin-1"), "its header is no UTF-8"),
         ("list.csv", b"url,caption\n", "no row in it that is wanted"),
         ("list.csv.gz", b"url,caption\n", "url_list="),
@@ -464,6 +475,13 @@ def test_a_list_that_cannot_be_read_is_one_line(tmp_path, store, name, data, mes
     with pytest.raises(SettingError, match=message) as error:
         source(store, url_list=str(path)).shards()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("header", ["\n\r\nurl,caption", '"url",caption,"in\nEnglish"'])
+def test_a_header_after_blank_lines_or_of_several(tmp_path, store, header):
+    path = tmp_path / "list.csv"
+    path.write_text(f"{header}\nhttp://h/0,x{',y' * header.count('in')}\n")
+    assert rows_of(source(store, url_list=str(path))) == [("http://h/0", "x")]
 
 
 def test_rows_that_are_gone_or_others_are_not_used(tmp_path, store):

@@ -72,7 +72,7 @@ def members(
     with _judged(path):
         for raw_name, problem, load in read(path, limit):
             name = readable(raw_name)
-            problem = problem or _suspicious(name)
+            problem = problem or _suspicious(raw_name)  # not by the \xNN of its text
             if name in seen:
                 problem = problem or ("unsafe-member", "the archive has another of this name")
             if unique:

@@ -18,10 +18,11 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.sources.tables.captions import bad_text, encoding_of
@@ -29,6 +30,7 @@ from pipeline.sources.tables.captions import bad_text, encoding_of
 FORMATS = ("csv", "tsv", "json", "jsonl", "txt", "parquet")
 BATCH = 10_000  # rows of a parquet in memory
 _HEAD = 4096  # bytes that tell the encoding
+_HEADER_LINES = 4  # beyond its first: a quote without an end does not swallow the table
 _LOOKED_AT = 1000  # lines, for the columns of a jsonl
 _ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not in the file's encoding
 
@@ -123,7 +125,7 @@ def _plain(place: str, values: Sequence, wanted: Columns) -> Line:
         if isinstance(value, list | dict):
             return Line((), f"{place}: {name} holds a {type(value).__name__}, needs text")
         if value is not None and not isinstance(value, str):
-            value = json.dumps(value)
+            value = None if value != value else json.dumps(value)  # no number: a gap, in pandas
         if value and (found := _ESCAPED.search(value)):
             byte = ord(found[0]) - 0xDC00
             why = bad_text("text in the file's encoding", wanted.encoding, byte, found.start())
@@ -167,7 +169,17 @@ class _Lines:
 
 
 def _header(found: _Lines, delimiter: str) -> list[str]:
-    return next(csv.reader(found, delimiter=delimiter), [])
+    """The first line with something in it; quoted names may have a few lines more.
+
+    Raises:
+        csv.Error: a quote in it does not fit.
+    """
+    first = next((line for line in found if line.strip("\r\n")), "")
+    place, few = found.number, chain([first], islice(found, _HEADER_LINES))
+    try:
+        return next(csv.reader(few, delimiter=delimiter, strict=True), [])
+    except csv.Error as error:
+        raise csv.Error(f"its header, line {place}: {error}") from error
 
 
 def _delimited(
@@ -297,7 +309,11 @@ def text_values(column: pa.Array) -> list[Any]:
     if isinstance(column, pa.DictionaryArray):
         column = column.dictionary_decode()
     kind = column.type
+    if pa.types.is_fixed_size_binary(kind) or pa.types.is_binary_view(kind):
+        column, kind = column.cast(pa.large_binary()), pa.large_binary()
     if not (is_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        if pa.types.is_floating(kind):
+            column = pc.if_else(pc.is_nan(column), None, column)  # pyright: ignore
         return column.cast(pa.string()).to_pylist()
     try:
         column = column.cast(pa.large_string() if pa.types.is_large_binary(kind) else pa.string())
