@@ -455,7 +455,7 @@ def test_status_of_many_commits_reads_no_single_record(store, proxy):
         commit(store, group, f"x{n:05d}")
     summary.write(store, group)
     proxy.heal()
-    (row,) = collect(store.root)
+    (row,) = [row for row in collect(store.root) if row.samples]  # the others are not begun
     assert (row.samples, row.configured) == (300, True)
     assert proxy.count("GET", r"list-type=2.*images%2Fcommits%2F") == 1
     assert proxy.count("GET", rf"/{summary.NAME}") == 1  # none of groups that are not there
