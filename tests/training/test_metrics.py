@@ -137,7 +137,7 @@ def test_what_is_no_training_is_no_waiting(toy: dict[str, Any], tmp_path: Path) 
 
     class SlowLoader(Callback):
         def before_dataloader(self, state: Any, logger: Any) -> None:
-            time.sleep(0.1)
+            time.sleep(0.25)  # a step takes 0.03 s, or 0.13 s beside other work
 
     assemble.run(plan_of(toy, tmp_path / "slow", evaluate={"every": 0}), [SlowLoader()])
     row = journal.read(tmp_path / "slow/masked/metrics.jsonl")[-1]
