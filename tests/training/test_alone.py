@@ -112,9 +112,8 @@ def test_two_at_once_and_a_kill(file: Path, tmp_path: Path) -> None:
     assert refused.returncode == 2
     (line,) = refused.communicate()[0:2][1].splitlines()
     assert f"{run} is being written by process {trains.pid} on " in line
-    while not list(
-        run.rglob("step-????????.pt")
-    ):  # whole: one that is being written has a longer name
+    # Whole: one that is being written has a longer name.
+    while not list(run.rglob("step-????????.pt")):
         assert trains.poll() is None
         time.sleep(0.1)
     trains.send_signal(signal.SIGKILL)
