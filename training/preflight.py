@@ -295,9 +295,8 @@ def _manifest(store: Store, group: str, kind: type[M], command: str) -> M:
 
 def _columns(latents: LatentsManifest) -> tuple[list[str], list[str]]:
     """Names and encodings of the columns of a latents group's shards."""
-    side = latents.resolution // latents.vae.downsample
-    depth = latents.vae.channels * (2 if latents.latents == "moments" else 1)
-    return ["key", "latent"], ["str", f"ndarray:float16:{depth},{side},{side}"]
+    shape = ",".join(map(str, latents.shape()))
+    return ["key", "latent"], ["str", f"ndarray:float16:{shape}"]
 
 
 def _shards(

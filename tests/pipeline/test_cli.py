@@ -8,18 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import main
 from pipeline.encoders import TEXT_ENCODERS, VAES, text_facts, vae_facts
+from tests.pipeline.command import call
 
 PIPELINE = Path(sys.executable).with_name("pipeline")
-
-
-def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["pipeline", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 LLAVA = ["run", "caption", "--source", "openmoji", "--captioner", "llava-1.5-7b"]

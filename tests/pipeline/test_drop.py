@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from pipeline.checks import Problem
-from pipeline.cli import main
 from pipeline.core import drops, layout
 from pipeline.core.catalog import Catalog
 from pipeline.core.commits import read_commit, read_commits
@@ -26,6 +24,7 @@ from pipeline.stages.download import Download
 from pipeline.stages.encode import Encode, EncodeSettings
 from pipeline.stages.images import write_images
 from pipeline.verify import select, verify
+from tests.pipeline.command import call
 from tests.pipeline.roots import SETTINGS, mds_rows, pictures, run_here
 
 IMAGES = "openmoji/images"
@@ -51,14 +50,6 @@ def store(tmp_path) -> Store:
     for stage in stages():
         run_here(stage, store)
     return store
-
-
-def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["pipeline", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 def rows(store: Store, group: str, shard: str = "00000") -> list[dict]:

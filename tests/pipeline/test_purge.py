@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 
 from pipeline import traces
-from pipeline.cli import main
 from pipeline.core import drops, failures, layout
 from pipeline.core.catalog import Catalog
 from pipeline.core.commits import Commit, read_commit, read_commits
@@ -33,6 +31,7 @@ from pipeline.stages.official_export import Export
 from pipeline.stages.official_groups import ExportSettings
 from pipeline.verify import select, verify
 from tests.pipeline import roots
+from tests.pipeline.command import call
 from tests.pipeline.roots import run_here, tree
 
 SOURCE = OpenMoji(glyphs="avocado;rocket;red heart", backgrounds="blue,red,green", size=64)
@@ -81,14 +80,6 @@ def made(tmp_path_factory) -> Path:
 def store(made, tmp_path) -> Store:
     shutil.copytree(made, tmp_path / "root")
     return Store(tmp_path / "root")
-
-
-def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["pipeline", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 def problems(store: Store) -> list[str]:

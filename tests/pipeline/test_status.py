@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import main
 from pipeline.core.catalog import Catalog
 from pipeline.plan import Choice, plan, preflight
 from pipeline.pool import Options
@@ -22,6 +21,7 @@ from pipeline.source_settings import settings
 from pipeline.sources import SOURCES
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.download import Download
+from tests.pipeline.command import call
 from tests.pipeline.roots import SETTINGS, run_here
 
 PIPELINE = Path(sys.executable).with_name("pipeline")
@@ -31,14 +31,6 @@ source: openmoji
 caption: {captioner: colour}
 encode: {vae: tiny4, text_encoder: tiny-clip, resolutions: [64, 128], text: trimmed}
 """
-
-
-def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["pipeline", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 @pytest.fixture

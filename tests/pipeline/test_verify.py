@@ -18,7 +18,6 @@ import pyarrow as pa
 import pytest
 
 from pipeline.checks import Problem
-from pipeline.cli import main
 from pipeline.core.commits import read_commit, read_commits, write_shard
 from pipeline.core.errors import SettingError
 from pipeline.core.groups import publish
@@ -32,6 +31,7 @@ from pipeline.stages.caption import CaptionStage
 from pipeline.stages.download import Download
 from pipeline.stages.encode import Encode, EncodeSettings
 from pipeline.verify import repair, select, verify
+from tests.pipeline.command import call
 from tests.pipeline.roots import SETTINGS, mds_rows, pictures, run_here, tar_of, tree
 
 IMAGES = "openmoji/images"
@@ -452,14 +452,6 @@ def test_no_cut_of_an_mds_shard_is_read_as_one(store):
     for length in [*range(0, 700, 7), len(data) - 1]:
         with pytest.raises(ValueError, match=r"MDS shard|cut off|offsets|JSON|Expecting"):
             decode_shard(data[:length])
-
-
-def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["pipeline", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 def test_the_command(monkeypatch, capsys, store, sound):
