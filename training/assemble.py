@@ -67,6 +67,12 @@ def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
         Terminated: SIGTERM came; a checkpoint is saved.
     """
     allow_only_data()
+    stop = StopAtSignal()
+    with stop.listening():
+        _run_stages(plan, callbacks, stop)
+
+
+def _run_stages(plan: Plan, callbacks: Sequence[Callback], stop: StopAtSignal) -> None:
     checkpoint, before = plan.config.checkpoint, None
     if world_size() > 1:
         dist.initialize_dist(get_device(None), WAIT_S)
@@ -79,7 +85,6 @@ def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
     bill = Bill(world_size())
     left = folder.unfinished(plan)
     url = checkpoint.remote if first else ""
-    stop = StopAtSignal()
     try:
         with Mirror(plan.config.run_folder(), url, checkpoint.keep) as mirror:
             for name, stage in plan.config.stages.items():
@@ -92,8 +97,9 @@ def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
                     mirror.catch_up(path)
                 before = path.checkpoint(stage.steps)
     except Terminated:
-        # A launcher kills the other ranks when one has ended, and the first may still be saving.
-        dist.barrier()
+        if stop.now:
+            # A launcher kills the other ranks when one has ended; the first may still be saving.
+            dist.barrier()
         raise
 
 
@@ -157,6 +163,7 @@ def _attempt(
         plan, name, path, begun, model, ema, rollbacks, bill, stop, mirror.put_checkpoint
     )
     trainer = _trainer(plan, name, path, model, [*own, *callbacks, stop], resume, rollbacks)
+    stop.listen()  # Composer's handler is the last one otherwise
     if start is not None and stage.keep_moments:
         start.restore_moments(trainer.state)
     done = trainer.state.timestamp.batch.value

@@ -115,6 +115,7 @@ def main(arguments: list[str]) -> int:
             raise
         # A launcher that got Ctrl-C as well sends this, and would be answered with a traceback.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.alarm(10)  # the end of a process group may wait for ranks that are gone
         print("train: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return INTERRUPTED
 

@@ -48,14 +48,14 @@ def run(path: Path, ranks: int) -> subprocess.CompletedProcess[str]:
     )
 
 
-def term_after_first_steps(path: Path, ranks: int, everyone: bool) -> tuple[int, str]:
-    """Starts a run and sends SIGTERM when it has made a few steps; exit code and what it said."""
+def term_after(said: str, path: Path, ranks: int, everyone: bool) -> tuple[int, str]:
+    """Starts a run and sends SIGTERM when it has said that; exit code and what it said."""
     log = path.with_suffix(".log")
     with open(log, "w") as file:
         process = subprocess.Popen(command(path, ranks), cwd=ROOT, stdout=file, stderr=file)
         try:
             deadline = time.monotonic() + 200
-            while not re.search(r"masked \d+/", log.read_text()):
+            while not re.search(said, log.read_text()):
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.01)
@@ -94,7 +94,7 @@ def test_sigterm_saves_and_the_run_goes_on(
     path = tmp_path / "run.yaml"
     changes = {"folder": str(tmp_path / "run"), "data": data["data"] | {"workers": workers}}
     path.write_text(json.dumps(data | changes))
-    code, said = term_after_first_steps(path, ranks, everyone)
+    code, said = term_after(r"masked \d+/", path, ranks, everyone)
     assert code == 143, said
     (saved,) = StageFolder(tmp_path / "run/masked").checkpoints()
     step = int(saved.stem.removeprefix("step-"))
@@ -110,6 +110,19 @@ def test_sigterm_saves_and_the_run_goes_on(
     if not ranks:  # sums of two ranks' gradients round differently
         found, expected = load_file(tmp_path / "run/masked/live.safetensors"), load_file(whole)
         assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_sigterm_before_the_first_step_is_a_line(
+    data: dict[str, Any], tmp_path: Path, ranks: int
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps({**data, "folder": str(tmp_path / "run")}))
+    code, said = term_after(f"stage masked: {STEPS} steps", path, ranks, everyone=False)
+    assert code == 143, said
+    assert "training/assemble.py" not in said  # `composer` shows a traceback of its own
+    if not ranks:
+        assert "train: SIGTERM: the same command goes on from" in said
 
 
 # argv: settings as JSON, a folder for what ranks have to say. The first rank's copying takes 5 s.
