@@ -45,10 +45,10 @@ test-full: setup
 	pytest -m "slow and not gpu and not weights"
 
 chaos: setup
-	CHAOS_KILLS=$${CHAOS_KILLS:-50} pytest -s tests/pipeline/test_chaos.py
+	CHAOS_KILLS=$${CHAOS_KILLS:-50} pytest -s tests/pipeline/engine/test_chaos.py
 
 bench: setup
-	python -m tests.bench
+	python -m benchmarks
 
 format: setup
 	ruff format .

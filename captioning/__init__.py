@@ -41,11 +41,12 @@ __all__ = [
 #: Captioner name -> class ("module:attribute"). A folder or hub id is a MODEL.
 CAPTIONERS: dict[str, str] = {
     "colour": "captioning.colour:ColourCaptioner",
-    "endpoint": "captioning.endpoint:EndpointCaptioner",
-    "llava-1.5-7b": "captioning.vlm:VisionLanguageModel",
-    "llava-1.6-7b": "captioning.vlm:VisionLanguageModel",
+    "endpoint": "captioning.endpoint.captioner:EndpointCaptioner",
+    "llava-1.5-7b": "captioning.vlm.captioner:VisionLanguageModel",
+    "llava-1.6-7b": "captioning.vlm.captioner:VisionLanguageModel",
 }
-MODEL = "captioning.vlm:VisionLanguageModel"  # what transformers' AutoModelForImageTextToText loads
+# What transformers' AutoModelForImageTextToText loads.
+MODEL = "captioning.vlm.captioner:VisionLanguageModel"
 
 
 def find(name: str) -> type[Captioner]:

@@ -8,16 +8,16 @@ from typing import Annotated
 
 import typer
 
-from pipeline import cli_convert, cli_run
+from pipeline.commands import convert, run
+from pipeline.commands.typer_group import OPTIONS, path_option
 from pipeline.core import program
 from pipeline.core.errors import BrokenShard, SettingError, StorageError, nearest
-from pipeline.typer_group import OPTIONS, path_option
 
 app = typer.Typer(
     help="From a dataset's name to cached latents in MDS shards.", add_completion=False, **OPTIONS
 )
-app.add_typer(cli_run.app, name="run")
-app.add_typer(cli_convert.app, name="convert")
+app.add_typer(run.app, name="run")
+app.add_typer(convert.app, name="convert")
 
 Source = Annotated[
     str | None, typer.Option(help="Source name; default: every source under the root.")
@@ -61,8 +61,8 @@ def sources(
     """The kinds of sources, and what `--set KEY=VALUE` takes of one: key, default, meaning."""
     import textwrap
 
-    from pipeline.progress import console
-    from pipeline.source_settings import about, settings
+    from pipeline.commands.sources import about, settings
+    from pipeline.engine.progress import console
     from pipeline.sources import SOURCES
 
     width = console().width
@@ -88,8 +88,8 @@ def status(
     json_: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """What is done, left, stale and failing, by source and group."""
+    from pipeline.commands.status import as_json, collect, show
     from pipeline.config import default_root
-    from pipeline.status import as_json, collect, show
 
     rows = collect(root or default_root(), source, config)
     print(as_json(rows)) if json_ else show(rows)
@@ -102,8 +102,8 @@ def fetch(
     ],
 ) -> None:
     """Download a model's weights from the Hugging Face hub into the local cache."""
-    from captioning import hub
-    from captioning.vlm import MODELS
+    from captioning.vlm import hub
+    from captioning.vlm.captioner import MODELS
     from pipeline.encoders import TEXT_ENCODERS, VAES, locate_text, locate_vae
     from pipeline.encoders.hub import fetch as fetch_repo
     from pipeline.encoders.hub import hub_errors, is_hub_id
@@ -158,20 +158,20 @@ def verify(
     import contextlib
     import shlex
 
-    from pipeline.checks import Problem
+    from pipeline.commands.checks import Problem
+    from pipeline.commands.verify import Summary, as_json, select
+    from pipeline.commands.verify import repair as put_back
+    from pipeline.commands.verify import verify as check_all
     from pipeline.config import default_root
     from pipeline.core import lease
     from pipeline.core.store import Store, size
-    from pipeline.progress import Count
-    from pipeline.verify import Summary, as_json, select
-    from pipeline.verify import repair as put_back
-    from pipeline.verify import verify as check_all
+    from pipeline.engine.progress import Count
 
     store = Store(root or default_root())
     if dropped:
         if repair or json_ or group is not None:
             raise SettingError("verify --dropped: takes --root and --source, nothing else")
-        from pipeline.cli_drop import verify_dropped
+        from pipeline.commands.drop import verify_dropped
 
         verify_dropped(store, source)
         return
@@ -230,11 +230,11 @@ def prune(
     """
     import shlex
 
+    from pipeline.commands.prune import as_json, common, delete, find, leased, show, total
+    from pipeline.commands.status import sources_of
     from pipeline.config import default_root
     from pipeline.core import lease
     from pipeline.core.store import Store
-    from pipeline.prune import as_json, common, delete, find, leased, show, total
-    from pipeline.status import sources_of
 
     store = Store(root or default_root())
     sources = sources_of(store, source)
@@ -297,10 +297,10 @@ def drop(
     goes on when it is started again; a training that started before it may still read the files
     that it replaces. Exit 1 if an entry is in no shard; the others are out all the same.
     """
-    from pipeline.cli_drop import purge_sources, take_out
+    from pipeline.commands.drop import purge_sources, take_out
+    from pipeline.commands.status import sources_of
     from pipeline.config import default_root
     from pipeline.core.store import Store
-    from pipeline.status import sources_of
 
     if (yes or dry_run) and not purge:
         raise SettingError(f"drop {'--yes' if yes else '--dry-run'}: only with --purge")
@@ -334,11 +334,11 @@ def dedup(
     Sources in the order of their names, or only --source. Duplicates within a shard were rejected
     at download. What `pipeline drop` says of bytes holds here as well.
     """
+    from pipeline.commands.dedup import describe, find, take_out
+    from pipeline.commands.status import sources_of
     from pipeline.config import default_root
     from pipeline.core.store import Store
-    from pipeline.dedup import describe, find, take_out
-    from pipeline.progress import Count
-    from pipeline.status import sources_of
+    from pipeline.engine.progress import Count
 
     store = Store(root or default_root())
     sources = sources_of(store, source)

@@ -1,10 +1,10 @@
 """The network written down plainly, layer by layer, as the paper's code computes it.
 
-The oracle that `training.dit` is compared with, in value by tests/training/test_oracle.py and in
-speed and memory by `python -m tests.bench model`. Every projection is a matrix product of its own,
-experts get their tokens through one-hot products (arXiv 2202.09368, section 3), normalisations,
-modulations and gates are separate operations, and the mask gathers over an index as wide as the
-tokens. Only torch is needed.
+The oracle that `training.network.dit` is compared with: in value by
+tests/training/network/test_oracle.py, in speed and memory by `python -m benchmarks model`. Every
+projection is a matrix product of its own, experts get their tokens through one-hot products (arXiv
+2202.09368, section 3), normalisations, modulations and gates are separate operations, and the mask
+gathers over an index as wide as the tokens. Only torch is needed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.dit import MicroDiT
-from training.dit_config import BlockShape, DiTConfig
+from training.network.config import BlockShape, DiTConfig
+from training.network.dit import MicroDiT
 
 CHANNELS, MAX_PERIOD = 512, 10_000.0
 

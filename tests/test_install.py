@@ -14,8 +14,8 @@ import pytest
 
 from pipeline.config import default_yaml, load_config
 from pipeline.sources import SOURCES
+from tests.checkout import ROOT
 
-ROOT = Path(__file__).parents[1]
 BUILT = ("pipeline", "captioning", "training", "yamls", "pyproject.toml", "README.md")
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.checkout import ROOT
+
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
 

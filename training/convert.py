@@ -17,7 +17,7 @@ from pipeline.core.errors import SettingError
 from pipeline.core.location import located
 from pipeline.core.version import version_line
 from training import ranks
-from training.options import local, require_folder
+from training.config.sampling_options import local, require_folder
 
 FORMATS = ("safetensors", "official", "diffusers")
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.command == "import":
-            from training.official_import import import_file
+            from training.checkpoint.official_import import import_file
 
             print(
                 import_file(
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def export(options: argparse.Namespace) -> str:
     """Writes the wanted form; what to tell the user."""
-    from training import official, weights
+    from training.checkpoint import official, weights
 
     path, out = weights.find(options.checkpoint), local("--out", options.out)
     if options.to == "diffusers":

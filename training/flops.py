@@ -7,12 +7,12 @@ without recomputation costs 3 forward passes.
 
 import torch
 
-from training.dit import MicroDiT
-from training.dit_config import BlockShape, DiTConfig
-from training.layers import TIME_CHANNELS
 from training.masking.deferred import Deferred
 from training.masking.scheme import Scheme
-from training.moe import tokens_per_expert
+from training.network.config import BlockShape, DiTConfig
+from training.network.dit import MicroDiT
+from training.network.layers import TIME_CHANNELS
+from training.network.moe import tokens_per_expert
 
 DEFERRED = Deferred()
 

@@ -18,15 +18,16 @@ from pipeline.core import program
 from pipeline.core.errors import SettingError
 from pipeline.core.location import located
 from pipeline.core.version import version_line
-from training import header, ranks
-from training.options import check, device_of, read_prompts
+from training import ranks
+from training.checkpoint import weights_metadata
+from training.config.sampling_options import check, device_of, read_prompts
 from training.threads import share_cores
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from training.sampler import Solver
+    from training.objectives.sampler import Solver
 
 NAME_CHARACTERS = 60  # of a prompt in its picture's file name
 
@@ -49,7 +50,7 @@ class Painter:
     def __init__(self, checkpoint: str, device: str = "") -> None:
         from pipeline.core.manifest import mismatches
         from pipeline.encoders import load_text, load_vae
-        from training import weights
+        from training.checkpoint import weights
 
         path = weights.find(checkpoint)
         self.device = device_of(device)
@@ -89,7 +90,7 @@ class Painter:
         import torch
 
         from pipeline.core.latents import to_raw
-        from training.sampler import sample
+        from training.objectives.sampler import sample
 
         pictures = []
         batches = [
@@ -160,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         prompts = read_prompts(options.prompts)
         check(options, ["steps", "batch_size"])
-        header.read_passport(header.find(options.checkpoint))
+        weights_metadata.read_passport(weights_metadata.find(options.checkpoint))
         painter = Painter(options.checkpoint, options.device)
         report = Progress()
         try:
@@ -197,7 +198,7 @@ def write(
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    from training.sheet import contact_sheet
+    from training.observe.image_grid import contact_sheet
 
     out.mkdir(parents=True, exist_ok=True)
     footer = "; ".join(passport.attribution)

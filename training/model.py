@@ -8,10 +8,10 @@ import torch
 from composer.models import ComposerModel
 from torch import Tensor
 
-from training.dit import MicroDiT
 from training.flops import flops_per_image
 from training.masking.ratio import RatioSchedule, ratio_at
 from training.masking.scheme import Scheme
+from training.network.dit import MicroDiT
 from training.objectives.denoiser import Denoiser
 from training.randomness import Draws, Rows, draw
 
@@ -33,7 +33,7 @@ class Objective:
 
 
 class DiffusionModel(ComposerModel):
-    """Training loss of a MicroDiT on a batch of `training.loader.collate`.
+    """Training loss of a MicroDiT on a batch of `training.data.loader.collate`.
 
     `step` has to be set before each batch: noise, noise levels and masks are a function of it.
     Whether a caption is dropped is a function of sample and epoch. Batches are never written to.

@@ -25,8 +25,9 @@ from pipeline.core.errors import BrokenShard, SettingError, StorageError
 from pipeline.core.location import located
 from pipeline.core.version import version_line
 from pipeline.encoders import text_facts
-from training import header, ranks
-from training.options import check, device_of
+from training import ranks
+from training.checkpoint import weights_metadata
+from training.config.sampling_options import check, device_of
 from training.threads import share_cores
 
 if TYPE_CHECKING:
@@ -63,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(options, ["count", "steps", "batch_size"])
         text_facts(options.judge)
         device_of(options.device)
-        splits = read_examples(header.read_passport(header.find(options.checkpoint)), options.root)
+        splits = read_examples(
+            weights_metadata.read_passport(weights_metadata.find(options.checkpoint)), options.root
+        )
         _require_choice(splits)
         from training.generate import Painter
 
@@ -101,7 +104,7 @@ def score(
     """
     from pipeline.encoders import load_text
     from training.generate import Progress
-    from training.sheet import contact_sheet
+    from training.observe.image_grid import contact_sheet
 
     judge = load_text(options.judge, images=True)
     out = Path(options.out)

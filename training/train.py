@@ -21,10 +21,13 @@ from pipeline.core import program
 from pipeline.core.errors import BrokenShard, SettingError, StorageError
 from pipeline.core.temporary import shorten_sockets
 from pipeline.core.version import version_line
-from training import credentials, folder, ranks, shared_memory
-from training.alone import alone
-from training.config import load
-from training.preflight import check
+from training import ranks
+from training.checkpoint import run_folder
+from training.config.load import load
+from training.data import dev_shm
+from training.observe import credentials
+from training.run.preflight import check
+from training.run.run_lease import alone
 from training.threads import share_cores
 
 INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
@@ -52,30 +55,30 @@ def main(arguments: list[str]) -> int:
         config = load(arguments)
         plan = check(config, need_data=not config.dry_run)
         if config.dry_run:
-            from training.estimate import report
+            from training.run.cost import report
 
             if ranks.first():
                 print(report(plan))
             return 0
-        folder.check(plan)
+        run_folder.check(plan)
         if config.parallel != "ddp":
-            from training import parallel  # and torch with it
+            from training.optim import parallel  # and torch with it
 
             parallel.check(config)
-        left = folder.unfinished(plan)
+        left = run_folder.unfinished(plan)
         busy = bool(left or config.checkpoint.remote)
         own = busy and ranks.first()
         if own:
             credentials.check(config)
         with alone(config, arguments) if own else contextlib.nullcontext() as taken:
             if ranks.first():
-                folder.link_last(plan)
+                run_folder.link_last(plan)
             if busy:
-                shared_memory.require(plan, left)
+                dev_shm.require(plan, left)
                 _quiet_imports()
-                from training.assemble import run
-                from training.callbacks import StayAlone
-                from training.stopping import EXIT_CODE, Terminated
+                from training.run.stage_callbacks import StayAlone
+                from training.run.stopping import EXIT_CODE, Terminated
+                from training.run.trainer import run
 
                 running = True
                 try:

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.core import layout, mends, summary
 from pipeline.core.errors import BrokenShard, NewerSchema, TooManyRejects
 from pipeline.core.samples import InputShard, Reject
-from pipeline.core.spool import Spool
+from pipeline.core.staged_file import Spool
 from pipeline.core.store import Store, fingerprint, sha256
 
 SCHEMA = 2  # that is read; a record says 2 only where it has what 1 does not know

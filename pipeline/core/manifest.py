@@ -78,7 +78,7 @@ class TextManifest(Strict):
 
 
 class OfficialManifest(Strict):
-    """Of an export in the official code's layout; `pipeline.core.official` has its columns."""
+    """Of an export in the official code's layout; `pipeline.official.layout` has its columns."""
 
     schema_version: int = SCHEMA
     kind: str = "official"

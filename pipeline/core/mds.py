@@ -3,7 +3,7 @@
 mosaicml-streaming's own writer publishes its index once, at the end, and in place; a kill before
 that loses everything. Here a shard is a value: `encode_shard` returns its bytes and its index
 entry, and the caller commits both. Layout: streaming 0.13, format version 2; the library is the
-oracle in tests/pipeline/test_mds.py.
+oracle in tests/pipeline/core/test_mds.py.
 """
 
 from __future__ import annotations

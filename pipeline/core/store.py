@@ -154,7 +154,7 @@ class Store:
                 file.write(data)
 
     def place(self, source: Path, path: str) -> None:
-        """A finished file of pipeline.core.spool gets its final name."""
+        """A finished file of pipeline.core.staged_file gets its final name."""
         if self._fs is not None:
             self.upload(source, path)
             return

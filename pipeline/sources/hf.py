@@ -23,7 +23,7 @@ from pipeline.core.errors import SettingError, nearest
 from pipeline.core.location import Location
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
-from pipeline.core.spool import scratch
+from pipeline.core.staged_file import scratch
 from pipeline.core.store import Store
 from pipeline.sources.files import hub, transfer
 from pipeline.sources.tables import parquet_rows

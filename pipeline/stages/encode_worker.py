@@ -12,6 +12,7 @@ from pipeline.core.advance import advance
 from pipeline.core.commits import Commit, read_file, write_shard
 from pipeline.core.mds import encode_shard, stored
 from pipeline.core.samples import Reject
+from pipeline.core.stopwatch import Stopwatch
 from pipeline.core.store import Store, fingerprint
 from pipeline.core.tables import key_rows
 from pipeline.core.tars import read_samples
@@ -20,7 +21,6 @@ from pipeline.stages.captions import chosen_captions
 from pipeline.stages.images import StoredImage, images_commit, placed, stored_image
 from pipeline.stages.latents import LatentMaker
 from pipeline.stages.latents import Made as MadeLatents
-from pipeline.stages.stopwatch import Stopwatch
 from pipeline.stages.text import TextMaker, columns
 
 if TYPE_CHECKING:

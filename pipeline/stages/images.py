@@ -23,7 +23,7 @@ from pipeline.core.commits import (
 from pipeline.core.errors import BrokenShard
 from pipeline.core.rules import readable
 from pipeline.core.samples import FAILED, ImageRef, ImageSample, InputShard, Reject
-from pipeline.core.spool import spool
+from pipeline.core.staged_file import spool
 from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet, to_parquet
 from pipeline.core.tars import read_samples, write_tar

@@ -21,8 +21,8 @@ import numpy as np
 from pipeline.core.images import BadPicture, Crop, Small, fit, read_header, read_pixels
 from pipeline.core.latents import posterior_sample
 from pipeline.core.samples import Reject
+from pipeline.core.stopwatch import Stopwatch
 from pipeline.stages.images import StoredImage
-from pipeline.stages.stopwatch import Stopwatch
 
 READ_AHEAD = 3  # batches that wait for the encoder, decoded
 IN_FLIGHT = 2  # batches in the encoder's hands: the one that it computes, and the next

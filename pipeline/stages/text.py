@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pipeline.core.stopwatch import Stopwatch
 from pipeline.core.tokens import quantise
-from pipeline.stages.stopwatch import Stopwatch
 
 
 class TextEncoder(Protocol):

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.captioning.small_llava import save_llava
-from tests.captioning.small_qwen import save_qwen
+from tests.captioning.helpers.small_llava import save_llava
+from tests.captioning.helpers.small_qwen import save_qwen
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from captioning import Caption
 from captioning.answer import answer
-from captioning.endpoint_answer import read
+from captioning.endpoint.answer import read
 from pipeline.stages.caption_text import Refused, finish, no_caption
 
 CAT = "A cat sits on a red mat."

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from pipeline.core import layout
 from pipeline.core.commits import read_commits
 from pipeline.core.store import Store
-from tests.pipeline.roots import mds_rows
+from tests.pipeline.helpers.roots import mds_rows
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[1]
@@ -159,7 +159,7 @@ def test_an_exported_folder_loads(earlier: Path) -> None:
     for name in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         shutil.copy(earlier / "fresh" / name, folder / name)
     options = json.dumps({"prompts": ["avocado on a blue background"], "num_inference_steps": 8})
-    script = CHECKOUT / "tests/training/isolated_paint.py"
+    script = CHECKOUT / "tests/training/helpers/isolated_paint.py"
     pictures = []
     for each in (folder, earlier / "fresh"):
         painted = run(earlier, sys.executable, "-P", script, each, f"{each}.npy", options)

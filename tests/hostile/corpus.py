@@ -11,12 +11,12 @@ from typing import Any
 
 from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
-from pipeline.plan import Choice
+from pipeline.engine.plan import Choice
 from pipeline.sources.folder import Folder
 from pipeline.stages.download import Download
 from tests.hostile import captions, memory, names, pictures
 from tests.hostile.case import Case
-from tests.pipeline.roots import run_here
+from tests.pipeline.helpers.roots import run_here
 
 SLOW = {"allowed.png", "scan-bomb.jpg"}  # seconds each, the latter to be made
 FOLDERS = {"pictures": pictures.CASES, "captions": captions.CASES, "names": names.CASES}

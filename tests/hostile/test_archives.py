@@ -16,7 +16,7 @@ from tests.hostile import memory, pictures
 from tests.hostile.archives import CASES, Archive
 from tests.hostile.case import ERROR, SAMPLE
 from tests.hostile.corpus import SLOW
-from tests.pipeline.roots import run_here, tar_of
+from tests.pipeline.helpers.roots import run_here, tar_of
 
 GOOD_NAMES = {f"{stem}.{ending}" for stem in ("0000", "9999") for ending in ("jpg", "txt")}
 #: What else becomes of a case's members.

@@ -14,7 +14,7 @@ from pipeline.core.store import Store
 from tests.hostile import corpus, make
 from tests.hostile.case import SAMPLE
 from tests.hostile.corpus import SLOW
-from tests.pipeline.roots import tree
+from tests.pipeline.helpers.roots import tree
 
 BOUND = 1_500_000_000  # bytes of memory: 11 for each of MAX_PIXELS, and the libraries
 

@@ -16,8 +16,8 @@ from pipeline.sources.urls import Urls
 from pipeline.stages.download import Download
 from tests.hostile import urls
 from tests.hostile.pictures import HTML, jpeg
-from tests.pipeline import web
-from tests.pipeline.roots import run_here
+from tests.pipeline.helpers import web
+from tests.pipeline.helpers.roots import run_here
 
 pytestmark = pytest.mark.slow  # img2dataset takes seconds to import
 DEADLINE_S = 3

@@ -15,8 +15,8 @@ import typer.main
 import yaml
 
 from pipeline.cli import app
+from tests.checkout import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 INFRA = ROOT / "infra"
 FILES = sorted(path for path in INFRA.rglob("*") if path.is_file())
 SCRIPTS = sorted(INFRA.glob("*.sh"))

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkout import ROOT
 from training.launch import PATIENCE
 
-ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 
 JOB_ID = str(os.getpid())

@@ -7,8 +7,8 @@ import pytest
 from pipeline.core.store import Store
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.download import Download
-from tests.captioning.small_llava import save_llava
-from tests.pipeline.roots import SETTINGS, run_here
+from tests.captioning.helpers.small_llava import save_llava
+from tests.pipeline.helpers.roots import SETTINGS, run_here
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.commands.status import collect
 from pipeline.config import build_stage, load_config
 from pipeline.core import layout, remote, summary
 from pipeline.core.commits import read_commits, write_shard
@@ -21,14 +22,13 @@ from pipeline.core.errors import StorageError
 from pipeline.core.groups import publish
 from pipeline.core.samples import InputShard
 from pipeline.core.store import Store
-from pipeline.status import collect
-from tests.pipeline.faulty import Fault, FaultyProxy
-from tests.pipeline.roots import run_here, tree
-from tests.pipeline.s3 import BUCKET, SECRET, S3Server, variables
+from tests.checkout import ROOT
+from tests.pipeline.helpers.faulty import Fault, FaultyProxy
+from tests.pipeline.helpers.roots import run_here, tree
+from tests.pipeline.helpers.s3 import BUCKET, SECRET, S3Server, variables
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 CONFIG = """
 source: openmoji

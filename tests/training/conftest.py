@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.groups import Encoders, make_encoders, settings
+from tests.training.helpers.groups import Encoders, make_encoders, settings
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.training.groups import Encoders, changed, make_source
-from training.settings import Config
+from tests.checkout import ROOT
+from tests.training.helpers.groups import Encoders, changed, make_source
+from training.config.settings import Config
 from training.threads import share_cores
 
-ROOT = Path(__file__).parents[2]
 STARTUP_S = 2.0  # in which an error has to be out
 
 

@@ -8,12 +8,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.training.networks import scheme_settings
-from training.dit import MicroDiT
-from training.dit_config import MODELS, DiTConfig
+from tests.training.helpers.networks import scheme_settings
 from training.flops import flops_per_image, num_parameters
 from training.masking import MASKS
 from training.masking.scheme import make_scheme
+from training.network.config import MODELS, DiTConfig
+from training.network.dit import MicroDiT
 
 SMALL = DiTConfig(
     input_size=16,

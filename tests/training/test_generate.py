@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.core.errors import SettingError
 from pipeline.core.manifest import LatentsManifest, TextManifest
-from tests.training.groups import SHIPPED
-from training import weights
-from training.dit import MicroDiT
-from training.dit_config import DiTConfig
+from tests.training.helpers.groups import SHIPPED
+from training.checkpoint import weights
+from training.config.sampling_options import device_of, read_prompts
 from training.generate import Painter, main
+from training.network.config import DiTConfig
+from training.network.dit import MicroDiT
 from training.objectives.edm import EDM
 from training.objectives.flow import Flow
-from training.options import device_of, read_prompts
-from training.sheet import contact_sheet
+from training.observe.image_grid import contact_sheet
 
 PROMPTS = ["avocado on a blue background", "rocket", "rocket"]
 

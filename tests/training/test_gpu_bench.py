@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from tests.bench import gpu
-from training.dit_config import MODELS, DiTConfig
+from benchmarks import gpu
+from training.network.config import MODELS, DiTConfig
 
 TINY = DiTConfig(
     width=64, depth=2, head_dim=16, multiple_of=32, mixer_width=48, mixer_depth=1, caption_width=16
@@ -30,7 +30,7 @@ def test_every_stage_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_but_torch_is_imported() -> None:
     code = (
-        "import sys, tests.bench.gpu\n"
+        "import sys, benchmarks.gpu\n"
         "others = {'composer', 'streaming', 'diffusers', 'transformers', 'pydantic', 'ray'}\n"
         "print(sorted(others & set(sys.modules)))"
     )

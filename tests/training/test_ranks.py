@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import SettingError
-from tests.training.groups import Encoders, make_source
+from tests.checkout import ROOT
+from tests.training.helpers.groups import Encoders, make_source
 from training import ranks
 
-ROOT = Path(__file__).parents[2]
 ALL = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK")
 
 

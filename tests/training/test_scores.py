@@ -11,10 +11,10 @@ from pipeline.core.store import Store
 from pipeline.sources.folder import Folder
 from pipeline.stages.download import Download
 from pipeline.stages.encode import Encode, EncodeSettings
-from tests.pipeline.roots import run_here
-from tests.pipeline.upstream import picture
+from tests.pipeline.helpers.roots import run_here
+from tests.pipeline.helpers.upstream import picture
 from tests.training.test_generate import run_folder
-from training import weights
+from training.checkpoint import weights
 from training.scores import CANDIDATES, main, read_examples
 
 PICTURES = CANDIDATES + 4

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from pipeline.core.errors import SettingError
+from training.checkpoint.weights import Passport
+from training.config.sampling_options import require_folder
 from training.export import text
 from training.export.bundle import bundle
 from training.export.transformer import MicroDiTModel
 from training.generate import Painter
-from training.options import require_folder
-from training.weights import Passport
 
 TRANSFORMER, PIPELINE = "microdit", "pipeline"  # names of modules in the folder
 

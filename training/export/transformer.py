@@ -8,11 +8,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from training.dit import MicroDiT
-from training.dit_config import DiTConfig
+from training.network.config import DiTConfig
+from training.network.dit import MicroDiT
 from training.objectives.edm import EDM
 from training.objectives.flow import Flow
-from training.sampler import Solver, sample
+from training.objectives.sampler import Solver, sample
 
 OBJECTIVES = {"edm": EDM, "flow": Flow}  # what is imported by a table could not be bundled
 
@@ -51,7 +51,7 @@ class MicroDiTModel(ModelMixin, ConfigMixin):
         progress: Callable[[int, int], None] | None = None,
         solver: Solver = "heun",
     ) -> Tensor:
-        """Unit noise (B, C, S, S) -> latents at the scale of training; see `training.sampler`.
+        """Unit noise (B, C, S, S) -> latents at training's scale; see training.objectives.sampler.
 
         Weights in half precision, and any on a GPU, compute through autocast.
         """

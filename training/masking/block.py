@@ -12,7 +12,7 @@ from training.masking.scheme import Scheme
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from training.masking.tokens import TokenMask
+    from training.network.tokens import TokenMask
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Block(Scheme):
 
     def draw(self, noise: Tensor, ratio: float) -> TokenMask | None:
         """As every scheme, with one number a cell: that of its first token."""
-        from training.masking.tokens import keep_smallest
+        from training.network.tokens import keep_smallest
 
         tokens, b = noise.shape[1], self.mask_block
         keep, grid = self.kept(tokens, ratio), math.isqrt(tokens)

@@ -1,6 +1,6 @@
 """MaskDiT (Zheng et al. 2023, arXiv 2306.09305): naive masking, a decoder, a reconstruction loss.
 
-The decoder is a part of the network: `training.decoder`.
+The decoder is a part of the network: `training.network.decoder`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from training.masking.scheme import Scheme
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from training.dit_config import DiTConfig
-    from training.masking.tokens import ExtraLoss, Skips, TokenMask
+    from training.network.config import DiTConfig
+    from training.network.tokens import ExtraLoss, Skips, TokenMask
 
 RECONSTRUCTION_WEIGHT = 0.1
 """Lambda of the paper's total loss."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from training.masking.scheme import Scheme
 
 if TYPE_CHECKING:
-    from training.masking.tokens import Skips
+    from training.network.tokens import Skips
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from training.masking.kept import kept_tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from training.dit_config import DiTConfig
-    from training.masking.tokens import ExtraLoss, Skips, TokenMask
+    from training.network.config import DiTConfig
+    from training.network.tokens import ExtraLoss, Skips, TokenMask
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Scheme:
         Raises:
             ValueError: as `kept`.
         """
-        from training.masking.tokens import keep_smallest
+        from training.network.tokens import keep_smallest
 
         return keep_smallest(noise, self.kept(noise.shape[1], ratio), self.skips)
 

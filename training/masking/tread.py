@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from training.masking.scheme import Scheme
 
 if TYPE_CHECKING:
-    from training.dit_config import DiTConfig
-    from training.masking.tokens import Skips
+    from training.network.config import DiTConfig
+    from training.network.tokens import Skips
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.masking.tokens import ExtraLoss, TokenMask
+from training.network.tokens import ExtraLoss, TokenMask
 
 Network = Callable[..., Tensor]
 """F(x (B, C, S, S), c_noise (B,) or (1,), y=..., ...) -> (B, C, S, S)."""

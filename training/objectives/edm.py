@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from training.masking.tokens import ExtraLoss, TokenMask
+from training.network.tokens import ExtraLoss, TokenMask
 from training.objectives.denoiser import Network, mean_over_kept, precision
 
 RHO = 7.0

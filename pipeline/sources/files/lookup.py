@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.core.spool import scratch
+from pipeline.core.staged_file import scratch
 from pipeline.core.store import temporary_name
 from pipeline.sources.files.scratch_files import locked
 

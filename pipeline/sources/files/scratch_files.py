@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.core.errors import StorageError
-from pipeline.core.spool import SCRATCH_VARIABLE
+from pipeline.core.staged_file import SCRATCH_VARIABLE
 from pipeline.core.store import size as readable
 
 RESERVE = 256 << 20  # bytes that a transfer leaves free on the disk

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from pipeline.core.disk import second_name
 from pipeline.core.errors import StorageError
 from pipeline.core.location import located
-from pipeline.core.spool import SCRATCH_VARIABLE, scratch
+from pipeline.core.staged_file import SCRATCH_VARIABLE, scratch
 from pipeline.core.store import size as readable
 from pipeline.sources.files.scratch_files import locked, record_of, remove, require_space
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 
 from pipeline.core.errors import SettingError, nearest
-from pipeline.core.spool import SCRATCH_VARIABLE, scratch, scratch_folder
+from pipeline.core.staged_file import SCRATCH_VARIABLE, scratch, scratch_folder
 from pipeline.sources.tables.table_rows import BATCH, FORMATS, Columns, Line, columns, lines
 
 #: All but parquet also as .gz.

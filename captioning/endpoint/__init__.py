@@ -1,0 +1,1 @@
+"""Captions from a server that speaks OpenAI's API."""

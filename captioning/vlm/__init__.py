@@ -1,0 +1,1 @@
+"""Captions from a vision-language model in this process."""

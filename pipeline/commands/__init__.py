@@ -1,0 +1,1 @@
+"""What the commands of `pipeline` do: one file a command."""

@@ -1,0 +1,1 @@
+"""Runs a stage over its shards: plan, lease, Ray workers, progress, report."""

@@ -1,0 +1,1 @@
+"""The official MicroDiT code's MDS layout, to and from column groups."""

@@ -1,0 +1,1 @@
+"""Latents and token vectors from MDS shards to batches."""

@@ -1,0 +1,1 @@
+"""The network: a MicroDiT, its blocks, its shape. Knows neither data nor trainer."""

@@ -1,0 +1,1 @@
+"""What a run shows: figures, curves, held-out loss, pictures, loggers."""

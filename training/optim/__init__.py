@@ -1,0 +1,1 @@
+"""How weights change: optimizers, averages, parallelism, and steps that are not made."""

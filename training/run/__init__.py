@@ -1,0 +1,1 @@
+"""One training from its settings to its weights: checks, costs, stages, callbacks."""
