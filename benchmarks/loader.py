@@ -24,8 +24,9 @@ from pipeline.core.store import Store, fingerprint
 from pipeline.core.tables import to_parquet
 from pipeline.encoders import text_facts, vae_facts
 from training.config.load import resolve
+from training.config.plan import Plan
 from training.data.loader import make_dataset, make_loader
-from training.run.preflight import Plan, check
+from training.run.preflight import check
 
 BATCH, WORKERS = 256, 2
 SHARDS, SAMPLES = 8, 640  # of each shard

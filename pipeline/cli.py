@@ -230,11 +230,11 @@ def prune(
     """
     import shlex
 
-    from pipeline.commands.prune import as_json, common, delete, find, leased, show, total
-    from pipeline.commands.status import sources_of
     from pipeline.config import default_root
     from pipeline.core import lease
     from pipeline.core.store import Store
+    from pipeline.dropping.prune import as_json, common, delete, find, leased, show, total
+    from pipeline.engine.inventory import sources_of
 
     store = Store(root or default_root())
     sources = sources_of(store, source)
@@ -298,9 +298,9 @@ def drop(
     that it replaces. Exit 1 if an entry is in no shard; the others are out all the same.
     """
     from pipeline.commands.drop import purge_sources, take_out
-    from pipeline.commands.status import sources_of
     from pipeline.config import default_root
     from pipeline.core.store import Store
+    from pipeline.engine.inventory import sources_of
 
     if (yes or dry_run) and not purge:
         raise SettingError(f"drop {'--yes' if yes else '--dry-run'}: only with --purge")
@@ -335,9 +335,9 @@ def dedup(
     at download. What `pipeline drop` says of bytes holds here as well.
     """
     from pipeline.commands.dedup import describe, find, take_out
-    from pipeline.commands.status import sources_of
     from pipeline.config import default_root
     from pipeline.core.store import Store
+    from pipeline.engine.inventory import sources_of
     from pipeline.engine.progress import Count
 
     store = Store(root or default_root())

@@ -13,12 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline.core import layout
 from pipeline.core.commits import MAX_REJECT_RATE
 from pipeline.core.errors import SettingError, nearest
+from pipeline.core.links import harmless
 from pipeline.core.location import Location, located
 from pipeline.core.nulls import instead_of_null
 from pipeline.core.rules import Rules
 from pipeline.core.text_files import read_yaml_text
 from pipeline.sources import SOURCES
-from pipeline.sources.files.transfer import harmless
 from pipeline.stages import STAGES, Stage
 
 if TYPE_CHECKING:

@@ -53,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def export(options: argparse.Namespace) -> str:
     """Writes the wanted form; what to tell the user."""
-    from training.checkpoint import official, weights
+    from training.weights import official, weights_file
 
-    path, out = weights.find(options.checkpoint), local("--out", options.out)
+    path, out = weights_file.find(options.checkpoint), local("--out", options.out)
     if options.to == "diffusers":
         from training.export.folder import write
 
@@ -68,10 +68,10 @@ def export(options: argparse.Namespace) -> str:
     if out.is_dir() or out.suffix != suffix:
         raise SettingError(f"--out {out}: give a file that ends in {suffix}")
     require_folder("--out", out.parent)
-    tensors, passport = weights.read(path)
+    tensors, passport = weights_file.read(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     if options.to == "safetensors":
-        weights.write(out, tensors, passport)
+        weights_file.write(out, tensors, passport)
         return f"{out}: {len(tensors)} tensors"
     official.write(out, tensors, passport.network())
     return f"{out}: {len(tensors)} tensors{official.shift_note(passport.vae)}"

@@ -63,6 +63,11 @@ def number(name: str) -> int:
     return int(text)
 
 
+def world_size() -> int:
+    """Ranks of this run, as the launcher says; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 

@@ -26,16 +26,16 @@ from pipeline.core.location import located
 from pipeline.core.version import version_line
 from pipeline.encoders import text_facts
 from training import ranks
-from training.checkpoint import weights_metadata
 from training.config.sampling_options import check, device_of
 from training.threads import share_cores
+from training.weights import weights_metadata
 
 if TYPE_CHECKING:
     import numpy as np
 
     from pipeline.core.commits import Commit
     from pipeline.core.store import Store
-    from training.generate import Painter
+    from training.generator import Generator
 
 CANDIDATES = 16  # captions the judge chooses from
 NEAREST = 10  # of them share as many words as possible with the right one
@@ -68,10 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             weights_metadata.read_passport(weights_metadata.find(options.checkpoint)), options.root
         )
         _require_choice(splits)
-        from training.generate import Painter
+        from training.generator import Generator
 
-        painter = Painter(options.checkpoint, options.device)
-        results = score(painter, splits, options)
+        generator = Generator(options.checkpoint, options.device)
+        results = score(generator, splits, options)
         (out / "scores.json").write_text(json.dumps(results, indent=1) + "\n")
     except SettingError as error:
         print(f"scores: {error}", file=sys.stderr)
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def score(
-    painter: Painter, splits: dict[str, list[Example]], options: argparse.Namespace
+    generator: Generator, splits: dict[str, list[Example]], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Paints, judges, writes the sheets; the numbers.
 
@@ -124,7 +124,7 @@ def score(
         print(f"painting {len(captions)} captions of split {split}", file=sys.stderr, flush=True)
         report = Progress()
         try:
-            pictures = painter.paint(
+            pictures = generator.generate(
                 captions, options.guidance, options.steps, options.seed, options.batch_size, report
             )
         finally:
@@ -136,10 +136,12 @@ def score(
             "real": own_caption_first(judge, real, captions, every),
         }
         cells = [
-            (example.caption, [picture, _decode(painter, example.latent)])
+            (example.caption, [picture, _decode(generator, example.latent)])
             for example, picture in zip(chosen[:SHOWN], pictures, strict=False)
         ]
-        footer = "; ".join(["left: generated, right: cached latent", *painter.passport.attribution])
+        footer = "; ".join(
+            ["left: generated, right: cached latent", *generator.passport.attribution]
+        )
         contact_sheet(cells, columns=6, footer=footer).save(out / f"{split}.png")
     return results
 
@@ -300,10 +302,10 @@ def _repeat(examples: list[Example], count: int, rng: random.Random) -> list[Exa
     return chosen
 
 
-def _decode(painter: Painter, latent: np.ndarray) -> np.ndarray:
+def _decode(generator: Generator, latent: np.ndarray) -> np.ndarray:
     import torch
 
-    return painter.vae.decode(torch.from_numpy(latent.astype("float32"))[None])[0]
+    return generator.vae.decode(torch.from_numpy(latent.astype("float32"))[None])[0]
 
 
 def _parser() -> argparse.ArgumentParser:

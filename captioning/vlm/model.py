@@ -21,7 +21,7 @@ from transformers import (
 
 from captioning.captioner import BadPicture, BadSetting, Failure
 from captioning.prompts import IMAGE, Prompt
-from captioning.vlm.captioner import Settings, Wanted
+from captioning.vlm.settings import Settings, Wanted
 
 MAX_SIDE = 4096  # pixels; no model looks at more, and a batch of larger ones would fill the memory
 MAX_ASPECT = 100  # a processor that sets the shorter side to 336 makes a line endless

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import typer
 
-from pipeline.commands import prune
-from pipeline.commands.status import sources_of
 from pipeline.core import drops, lease
 from pipeline.core.errors import SettingError, StorageError
 from pipeline.core.store import Store
-from pipeline.dropping import traces
+from pipeline.dropping import prune, traces
 from pipeline.dropping.drop import describe, drop, nearest, read_list
 from pipeline.dropping.purge import purge
+from pipeline.engine.inventory import sources_of
 from pipeline.engine.progress import Count
 
 

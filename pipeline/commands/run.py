@@ -317,9 +317,9 @@ def _settings(section: str, given: list[str] | None) -> dict[str, Any]:
 
 
 def _run(stages: list[str], common: Common, overrides: dict[str, Any]) -> None:
-    from pipeline.commands.status import sources_of
     from pipeline.config import build_stage, check_names, default_root, load_config
     from pipeline.core.store import Store
+    from pipeline.engine.inventory import sources_of
     from pipeline.engine.progress import table
     from pipeline.sources import SOURCES
 

@@ -14,13 +14,13 @@ from rich.table import Table
 from pipeline.config import DataConfig, build_stage, load_config
 from pipeline.core import layout
 from pipeline.core.catalog import Catalog
-from pipeline.core.errors import SettingError, nearest
+from pipeline.core.errors import SettingError
 from pipeline.core.mends import REASONS
 from pipeline.core.store import Store, size
 from pipeline.engine import report
+from pipeline.engine.inventory import groups_of, sources_of
 from pipeline.engine.plan import GroupPlan, plan, summarise
 from pipeline.engine.progress import console
-from pipeline.sources import SOURCES
 from pipeline.stages import STAGES
 from pipeline.stages.looks import findings
 
@@ -222,49 +222,6 @@ def _row(
         bytes=found.bytes,
         samples_per_s=rate,
     )
-
-
-def sources_of(store: Store, source: str | None = None) -> list[str]:
-    """The sources under a root, or the one that is named.
-
-    Raises:
-        SettingError: nothing is there, or no such source.
-    """
-    sources = [
-        name
-        for name in store.folders("")
-        if set(layout.KINDS) & set(store.folders(name)) and groups_of(store, name)
-    ]
-    if not sources:
-        hint = "" if source is None or source in SOURCES else nearest(source, SOURCES)
-        hint = f" (source={source}: unknown{hint})" if hint else ""
-        raise SettingError(
-            f"--root {store.root}: nothing there{hint}; start with "
-            "`pipeline run download --source openmoji`"
-        )
-    if source is not None and source not in sources:
-        raise SettingError(
-            f"source={source}: not under {store.root}{nearest(source, sources)}; "
-            f"there: {', '.join(sources)}"
-        )
-    return sources if source is None else [source]
-
-
-def groups_of(store: Store, source: str) -> list[str]:
-    """Groups of a source, as paths below it, in order: folders that hold commits or failures."""
-    return _groups(store, source, "")
-
-
-def _groups(store: Store, source: str, folder: str) -> list[str]:
-    found = []
-    for name in store.folders(f"{source}/{folder}".rstrip("/")):
-        path = f"{folder}/{name}".lstrip("/")
-        below = store.folders(f"{source}/{path}")
-        if "commits" in below or "failures" in below:
-            found.append(path)
-        elif below and name not in ("runs", "drops"):
-            found += _groups(store, source, path)
-    return found
 
 
 def _stage_of(group: str) -> str:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from pipeline.commands.checks import Checked, Problem, Task, check, digests, keys_of
-from pipeline.commands.status import groups_of, sources_of
 from pipeline.core import drops, facts, layout, process
 from pipeline.core.commits import Commit, commit_path, read_commit, reason
 from pipeline.core.errors import BrokenShard, NewerSchema, SettingError, nearest
@@ -26,6 +25,7 @@ from pipeline.core.groups import mixture, publish
 from pipeline.core.limits import usable_cpus
 from pipeline.core.manifest import Manifest, read_manifest
 from pipeline.core.store import Store, canonical_json
+from pipeline.engine.inventory import groups_of, sources_of
 from pipeline.engine.processes import Processes
 
 DUPLICATES = 20  # of a group that are named one by one

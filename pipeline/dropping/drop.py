@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.commands.status import groups_of
 from pipeline.core import drops, layout, urls
 from pipeline.core.commits import Commit, read_commit, read_file
 from pipeline.core.errors import BrokenShard
 from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
+from pipeline.engine.inventory import groups_of
 from pipeline.sources.tables import url_lists
 
 PREFIX = 5  # digits of a key that name its shard, in img2dataset's convention

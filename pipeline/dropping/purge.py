@@ -15,12 +15,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipeline.commands import prune
 from pipeline.core import drops, facts, layout
 from pipeline.core.errors import BrokenShard
 from pipeline.core.groups import publish
 from pipeline.core.store import Store, canonical_json, size
-from pipeline.dropping import traces
+from pipeline.dropping import prune, traces
 from pipeline.dropping.purge_shard import purge_shard
 from pipeline.dropping.traces import Known, groups_in
 from pipeline.sources.tables import url_lists

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.commands import prune
-from pipeline.commands.status import groups_of
 from pipeline.core import drops, layout
 from pipeline.core.commits import Commit, read_commit, read_file, read_named, scan
 from pipeline.core.errors import BrokenShard
@@ -24,6 +22,8 @@ from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
 from pipeline.core.tars import read_samples
 from pipeline.core.urls import canonical_links
+from pipeline.dropping import prune
+from pipeline.engine.inventory import groups_of
 from pipeline.sources.tables import url_lists
 
 NOTES = frozenset({"error_message", "detail"})  # columns in which a reject may name another sample

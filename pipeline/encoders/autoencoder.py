@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,9 @@ from safetensors import SafetensorError
 
 from pipeline.core.errors import SettingError
 from pipeline.core.manifest import VaeFacts
-from pipeline.encoders import find_vae
 from pipeline.encoders.configs import BROKEN, check_loaded, first_line
+from pipeline.encoders.loading import autocast
+from pipeline.encoders.table import find_vae
 
 
 class ImageEncoder:
@@ -43,8 +43,7 @@ class ImageEncoder:
             x = x.pin_memory().to(device, non_blocking=True)
         # Channels last in memory, as the bytes are: convolutions on GPUs want it so.
         x = x.permute(0, 3, 1, 2).float() / 127.5 - 1
-        dtype = torch.float32 if exact else getattr(torch, self.facts.dtype)
-        with _autocast(device, dtype):
+        with autocast(device, "float32" if exact else self.facts.dtype):
             return self._encode(x).latent_dist.parameters.float().cpu()
 
     def encode(self, pixels: np.ndarray) -> torch.Tensor:
@@ -107,9 +106,3 @@ def load_vae(name: str, device: str = "cpu", dtype: str = "float32") -> ImageEnc
     if device != "cpu":
         vae = vae.to(memory_format=torch.channels_last)
     return ImageEncoder(vae, facts.model_copy(update={"dtype": dtype}))
-
-
-def _autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype)

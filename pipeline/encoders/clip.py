@@ -10,7 +10,7 @@ from transformers import CLIPTextModel
 
 from pipeline.core.manifest import TextFacts
 from pipeline.encoders.configs import check_loaded
-from pipeline.encoders.text import autocast, load_tokenizer, load_transformers
+from pipeline.encoders.loading import autocast, load_tokenizer, load_transformers
 
 
 class ClipText:

@@ -18,7 +18,7 @@ from pipeline.core.errors import SettingError
 from pipeline.core.manifest import TextFacts
 from pipeline.encoders.configs import check_loaded
 from pipeline.encoders.families import open_clip_weights
-from pipeline.encoders.text import autocast
+from pipeline.encoders.loading import autocast
 
 # Stands where the image tower belongs while a text tower is built; the real one of a ViT-H takes
 # 2.5 GB.

@@ -11,7 +11,7 @@ from transformers import MT5EncoderModel, T5EncoderModel, UMT5EncoderModel
 from pipeline.core.manifest import TextFacts
 from pipeline.encoders.configs import check_loaded
 from pipeline.encoders.families import text_config
-from pipeline.encoders.text import autocast, load_tokenizer, load_transformers
+from pipeline.encoders.loading import autocast, load_tokenizer, load_transformers
 
 _MODELS = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
 

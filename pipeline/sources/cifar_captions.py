@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, Field
 from pipeline.core.location import Location
 from pipeline.sources.tables.url_table import UrlList
 from pipeline.sources.urls import Urls
-from pipeline.sources.web.fetch import listed
+from pipeline.sources.web.settings import listed
 
 CLASSES = (
     "airplane",

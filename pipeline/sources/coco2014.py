@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from pipeline.core.errors import SettingError
+from pipeline.core.links import public
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
 from pipeline.sources.files import archives, transfer
@@ -125,7 +126,7 @@ def _captions(url: str, checksum: str) -> Iterator[Row]:
     with transfer.local(url, checksum=checksum) as path:
         (member,) = archives.named(path, [CAPTIONS], limit=CAPTIONS_BYTES)
     if member is None or member.reason:
-        raise archives.BrokenArchive(f"{transfer.public(url)}: no {CAPTIONS} that can be read")
+        raise archives.BrokenArchive(f"{public(url)}: no {CAPTIONS} that can be read")
     try:
         record = json.loads(member.data)
         names = {image["id"]: image["file_name"] for image in record["images"]}
@@ -133,6 +134,6 @@ def _captions(url: str, checksum: str) -> Iterator[Row]:
         yield from (Row(number, names[number], readable(caption)) for number, caption in rows)
     except (ValueError, KeyError, TypeError) as error:
         raise archives.BrokenArchive(
-            f"{transfer.public(url)}: {CAPTIONS} has no captions as COCO writes them: "
+            f"{public(url)}: {CAPTIONS} has no captions as COCO writes them: "
             f"{type(error).__name__}: {error}"
         ) from None

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from pipeline.core.errors import SettingError
+from pipeline.core.links import public
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import InputShard, RawImage, Reject
 from pipeline.sources.files import transfer
@@ -94,7 +95,7 @@ def _listed(url: str) -> Iterator[Row]:
     with transfer.local(url) as path, pq.ParquetFile(path) as file:
         if missing := set(columns) - set(file.schema_arrow.names):
             raise SettingError(
-                f"{transfer.public(url)}: has no column {min(missing)}: not the metadata of "
+                f"{public(url)}: has no column {min(missing)}: not the metadata of "
                 "DiffusionDB Large; see `base`"
             )
         for batch in file.iter_batches(BATCH, columns=columns, use_threads=False):

@@ -20,12 +20,13 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from pipeline.core.errors import SettingError, nearest
+from pipeline.core.links import harmless
 from pipeline.core.location import Location
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
 from pipeline.core.staged_file import scratch
 from pipeline.core.store import Store
-from pipeline.sources.files import hub, transfer
+from pipeline.sources.files import hub, resumable, transfer
 from pipeline.sources.tables import parquet_rows
 from pipeline.sources.tables.captions import choose
 from pipeline.sources.tables.parquet_rows import Footer
@@ -284,9 +285,9 @@ def _range(link: hub.Link, start: int) -> bytes:
     try:
         with requests.get(link.url, headers=headers, timeout=30, stream=True) as answer:
             if answer.status_code not in (200, 206):
-                raise transfer.Interrupted(f"HTTP {answer.status_code}")
+                raise resumable.Interrupted(f"HTTP {answer.status_code}")
             if answer.status_code == 200 and start:
-                raise transfer.Interrupted("the whole file came instead of its end")
+                raise resumable.Interrupted("the whole file came instead of its end")
             return answer.content
     except requests.RequestException as error:
-        raise transfer.Interrupted(transfer.harmless(str(error))) from None
+        raise resumable.Interrupted(harmless(str(error))) from None

@@ -19,7 +19,7 @@ from pipeline.core.errors import SettingError
 from pipeline.core.location import Location
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import InputShard, RawImage, Reject
-from pipeline.sources.files import archives, transfer
+from pipeline.sources.files import archives, resumable, transfer
 from pipeline.sources.files.hosted import Hosted
 from pipeline.sources.files.lookup import Row, rows_of, sorted_rows
 from pipeline.sources.files.packed import pictures
@@ -106,7 +106,7 @@ class SA1B(Hosted):
                 open(path, encoding="utf-8-sig", newline="") as file,
             ):
                 return _links(file)
-        except (transfer.TransferError, UnicodeDecodeError, csv.Error) as error:
+        except (resumable.TransferError, UnicodeDecodeError, csv.Error) as error:
             raise SettingError(f"links: cannot be read: {error}") from None
 
     def _published(self, tar: Path):

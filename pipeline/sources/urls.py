@@ -21,7 +21,8 @@ from pipeline.sources.tables import url_lists
 from pipeline.sources.tables.captions import Encoding
 from pipeline.sources.tables.url_lists import Row
 from pipeline.sources.tables.url_table import ENDINGS, UrlList, shown
-from pipeline.sources.web.fetch import FetchError, HttpSettings, fetch_all, listed
+from pipeline.sources.web.fetch import fetch_all
+from pipeline.sources.web.settings import FetchError, HttpSettings, listed
 
 BYTES_A_PICTURE = 120_000  # in a tar, roughly: a photograph whose shorter side is 512
 

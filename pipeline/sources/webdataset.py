@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 
 from pipeline.core import remote
 from pipeline.core.errors import SettingError
+from pipeline.core.links import harmless, public
 from pipeline.core.location import located
 from pipeline.core.rules import Rules, readable
 from pipeline.core.samples import ImageRef, InputShard, RawImage, Reject, sample_key
@@ -218,7 +219,7 @@ class WebDataset(Hosted):
                 return captions_of(file, self.sidecar_key, column, stems, own=not shared)
             except (pa.ArrowException, KeyError, OSError, ValueError) as error:
                 first = str(error).splitlines()[0]
-                raise SettingError(f"sidecar {transfer.public(sidecar)}: {first}") from None
+                raise SettingError(f"sidecar {public(sidecar)}: {first}") from None
 
     def _given(self, shard: InputShard, pattern: str) -> str:
         """The shard's own of several files. A shard names its tar without a link's query."""
@@ -228,7 +229,7 @@ class WebDataset(Hosted):
 
     def _public(self, name: str) -> str:
         """A link without what may be secret. In the name of any other file # and ? are letters."""
-        return transfer.public(name) if self._is_link(name) else name
+        return public(name) if self._is_link(name) else name
 
     def _is_link(self, name: str) -> bool:
         return self._where(name).startswith(("http://", "https://"))
@@ -291,8 +292,8 @@ def _listed(url: str) -> list[str]:
         # With the protocol's name that was given: s3a is s3, and fsspec would say so.
         return sorted(name if "://" in name else f"{protocol}://{name}" for name in names)
     except Exception as error:  # clients have no common base
-        text = transfer.harmless(str(error) or type(error).__name__)
-        raise SettingError(f"{transfer.public(url)}: cannot be listed: {text}") from None
+        text = harmless(str(error) or type(error).__name__)
+        raise SettingError(f"{public(url)}: cannot be listed: {text}") from None
 
 
 def _below(fs: Any, folder: str, part: str) -> list[str]:

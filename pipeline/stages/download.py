@@ -20,7 +20,7 @@ from pipeline.core.mends import MENDS, METADATA
 from pipeline.core.rules import KEPT, Rules, keep, without_metadata
 from pipeline.core.samples import FAILED, ImageSample, InputShard, RawImage, Reject
 from pipeline.core.store import Store, canonical_json, fingerprint
-from pipeline.sources.files import transfer
+from pipeline.sources.files import resumable
 from pipeline.stages import Job, Needs
 from pipeline.stages.images import stored_rejects, stored_samples, write_images
 from pipeline.stages.looks import Raw, findings, misread
@@ -180,7 +180,7 @@ class _Worker:
 
     def take_counters(self) -> Counter[str]:
         taken, self.counters = self.counters, Counter()
-        return taken + transfer.take_counters()
+        return taken + resumable.take_counters()
 
     def __call__(self, job: Job) -> dict[str, Commit]:
         return {group: self._make(job, group) for group in job.groups}

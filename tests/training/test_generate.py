@@ -15,31 +15,32 @@ from safetensors.torch import load_file, save_file
 from pipeline.core.errors import SettingError
 from pipeline.core.manifest import LatentsManifest, TextManifest
 from tests.training.helpers.groups import SHIPPED
-from training.checkpoint import weights
 from training.config.sampling_options import device_of, read_prompts
-from training.generate import Painter, main
+from training.generate import main
+from training.generator import Generator
 from training.network.config import DiTConfig
 from training.network.dit import MicroDiT
 from training.objectives.edm import EDM
 from training.objectives.flow import Flow
 from training.observe.image_grid import contact_sheet
+from training.weights import weights_file
 
 PROMPTS = ["avocado on a blue background", "rocket", "rocket"]
 
 
-def passport_of(config: DiTConfig, text: Literal["full", "trimmed"]) -> weights.Passport:
+def passport_of(config: DiTConfig, text: Literal["full", "trimmed"]) -> weights_file.Passport:
     vae, encoder = SHIPPED.facts()
     common: dict[str, Any] = {"source": "openmoji", "dtype": "float16"}
     latents = LatentsManifest(**common, vae=vae, resolution=64, crop="center", latents="mean")
     captions = TextManifest(**common, text_encoder=encoder, text=text, captions="alt")
     network = MicroDiT(config)
-    return weights.Passport(
+    return weights_file.Passport(
         run="toy",
         stage="full",
         step=5,
         weights="ema",
         ema=0.9,
-        **weights.facts(network, EDM()),
+        **weights_file.facts(network, EDM()),
         resolution=64,
         vae=vae,
         text_encoder=encoder,
@@ -47,7 +48,7 @@ def passport_of(config: DiTConfig, text: Literal["full", "trimmed"]) -> weights.
         captions="alt",
         latents_manifests={"openmoji": latents},
         text_manifests={"openmoji": captions},
-        attribution=weights.attributions(["openmoji", "other"]),
+        attribution=weights_file.attributions(["openmoji", "other"]),
         config={"seed": 1},
     )
 
@@ -73,7 +74,9 @@ def run_folder(folder: Path, mode: Literal["full", "trimmed"]) -> Path:
     for parameter in network.parameters():
         parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     folder.mkdir(parents=True)
-    weights.write(folder / "model.safetensors", network.state_dict(), passport_of(config, mode))
+    weights_file.write(
+        folder / "model.safetensors", network.state_dict(), passport_of(config, mode)
+    )
     return folder
 
 
@@ -83,12 +86,12 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def test_weights_round_trip(checkpoint: Path, tmp_path: Path) -> None:
-    network, passport = weights.load(checkpoint / "model.safetensors")
+    network, passport = weights_file.load(checkpoint / "model.safetensors")
     assert passport.noise() == EDM()
     assert passport.attribution == ["Trained on pictures of OpenMoji (openmoji.org), CC BY-SA 4.0"]
     tensors = {**network.state_dict(), "x_embedder.proj.bias": torch.full((32,), 3.0)}
-    weights.write(tmp_path / "again.safetensors", tensors, passport)
-    again, other = weights.load(tmp_path / "again.safetensors")
+    weights_file.write(tmp_path / "again.safetensors", tensors, passport)
+    again, other = weights_file.load(tmp_path / "again.safetensors")
     assert other == passport
     for name, expected in tensors.items():
         assert torch.equal(again.state_dict()[name], expected), name
@@ -97,24 +100,24 @@ def test_weights_round_trip(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_weights_from_before_there_were_objectives(checkpoint: Path, tmp_path: Path) -> None:
     path = checkpoint / "model.safetensors"
-    record = weights.read_passport(path).model_dump(mode="json")
+    record = weights_file.read_passport(path).model_dump(mode="json")
     del record["objective"]
     edm = {"sigma_data": 0.7, "sigma_min": 0.01, "sigma_max": 40.0, "p_mean": 0.0, "p_std": 0.6}
     old = record | {"schema_version": 1, "edm": edm}
     save_file(
-        load_file(path), tmp_path / "old.safetensors", {weights.METADATA_KEY: json.dumps(old)}
+        load_file(path), tmp_path / "old.safetensors", {weights_file.METADATA_KEY: json.dumps(old)}
     )
-    _, passport = weights.load(tmp_path / "old.safetensors")
+    _, passport = weights_file.load(tmp_path / "old.safetensors")
     assert passport.noise() == EDM(**edm)
     assert passport.ema == 0.9
 
 
 def test_every_objective_is_in_the_passport(checkpoint: Path, tmp_path: Path) -> None:
-    network, passport = weights.load(checkpoint / "model.safetensors")
+    network, passport = weights_file.load(checkpoint / "model.safetensors")
     flow = Flow(logit_mean=0.25, shift=2.0)
-    other = passport.model_copy(update=weights.facts(network, flow))
-    weights.write(tmp_path / "model.safetensors", network.state_dict(), other)
-    assert weights.read_passport(tmp_path / "model.safetensors").noise() == flow
+    other = passport.model_copy(update=weights_file.facts(network, flow))
+    weights_file.write(tmp_path / "model.safetensors", network.state_dict(), other)
+    assert weights_file.read_passport(tmp_path / "model.safetensors").noise() == flow
 
 
 def test_pictures_on_disk(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -137,11 +140,11 @@ def test_pictures_on_disk(checkpoint: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_picture_is_a_function_of_seed_and_place(checkpoint: Path) -> None:
-    painter = Painter(str(checkpoint))
+    generator = Generator(str(checkpoint))
     reports: list[tuple[int, int]] = []
 
     def paint(prompts: list[str], **options: Any) -> np.ndarray:
-        return painter.paint(prompts, steps=2, **options)
+        return generator.generate(prompts, steps=2, **options)
 
     pictures = paint(PROMPTS, batch_size=2, report=lambda done, all_: reports.append((done, all_)))
     assert pictures.shape == (3, 64, 64, 3)
@@ -156,13 +159,13 @@ def test_picture_is_a_function_of_seed_and_place(checkpoint: Path) -> None:
 
 def test_encoders_must_be_those_of_training(checkpoint: Path, tmp_path: Path) -> None:
     tensors = load_file(checkpoint / "model.safetensors")
-    passport = weights.read_passport(checkpoint / "model.safetensors")
+    passport = weights_file.read_passport(checkpoint / "model.safetensors")
     vae = passport.vae.model_copy(update={"weights_sha256": "ab", "scale": 0.5})
     changed = passport.model_copy(update={"vae": vae})
     path = tmp_path / "model.safetensors"
-    save_file(tensors, path, {weights.METADATA_KEY: changed.model_dump_json()})
+    save_file(tensors, path, {weights_file.METADATA_KEY: changed.model_dump_json()})
     with pytest.raises(SettingError, match="vae tiny4 has changed: weights_sha256: expected ab"):
-        Painter(str(tmp_path))
+        Generator(str(tmp_path))
 
 
 def test_unusable_checkpoints(
@@ -183,17 +186,21 @@ def test_unusable_checkpoints(
     tensors = load_file(checkpoint / "model.safetensors")
     save_file(tensors, path)
     assert "no passport" in answer()
-    record = weights.read_passport(checkpoint / "model.safetensors").model_dump(mode="json")
-    save_file(tensors, path, {weights.METADATA_KEY: json.dumps(record | {"schema_version": 99})})
+    record = weights_file.read_passport(checkpoint / "model.safetensors").model_dump(mode="json")
+    save_file(
+        tensors, path, {weights_file.METADATA_KEY: json.dumps(record | {"schema_version": 99})}
+    )
     assert "upgrade the package" in answer()
-    save_file(tensors, path, {weights.METADATA_KEY: json.dumps(record | {"vae": 1})})
+    save_file(tensors, path, {weights_file.METADATA_KEY: json.dumps(record | {"vae": 1})})
     assert "broken passport (vae" in answer()
     save_file(
-        tensors, path, {weights.METADATA_KEY: json.dumps(record | {"objective": {"name": "x"}})}
+        tensors,
+        path,
+        {weights_file.METADATA_KEY: json.dumps(record | {"objective": {"name": "x"}})},
     )
     assert "broken passport (objective: name x: known are edm, flow" in answer()
     record["model"]["depth"] = 5
-    save_file(tensors, path, {weights.METADATA_KEY: json.dumps(record)})
+    save_file(tensors, path, {weights_file.METADATA_KEY: json.dumps(record)})
     assert "not its passport's network: blocks.1.mlp.w1 is" in answer()
 
 

@@ -18,10 +18,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimi
 from torch.torch_version import TorchVersion
 
 from pipeline.core.errors import SettingError
-from training.checkpoint.official import PREFIX
 from training.checkpoint.run_folder import StageFolder
-from training.checkpoint.safe_load import load
 from training.network.dit import MicroDiT
+from training.weights.official import PREFIX
+from training.weights.safe_load import load
 
 
 def allow_only_data() -> None:

@@ -13,13 +13,13 @@ from pipeline.core.manifest import TextFacts, VaeFacts
 from pipeline.core.text_files import read_yaml_text
 from pipeline.core.yaml12 import parse
 from pipeline.encoders import text_facts, vae_facts
-from training.checkpoint import official, weights
-from training.checkpoint.tensors import require_numbers
 from training.config.sampling_options import require_folder
 from training.config.settings import Model
 from training.network.config import MODELS, DiTConfig
 from training.network.dit import MicroDiT
 from training.objectives.edm import EDM
+from training.weights import official, weights_file
+from training.weights.tensors import require_numbers
 
 SIGMA_DATA = 0.9
 VAES = {4: "sdxl", 16: "ostris16"}
@@ -54,7 +54,7 @@ def import_file(path: Path, out: Path, arch: str, vae: str, text_encoder: str) -
         )
     passport = _passport(path, config, image or vae_facts(name), text)
     out.mkdir(parents=True, exist_ok=True)
-    weights.write(out / "model.safetensors", found.tensors, passport)
+    weights_file.write(out / "model.safetensors", found.tensors, passport)
     beside = f"; {found.ignored} tensors beside the network left out" if found.ignored else ""
     return (
         f"{out / 'model.safetensors'}: {passport.resolution} px, vae {passport.vae.name}, text "
@@ -84,7 +84,9 @@ def architecture(arch: str) -> DiTConfig:
         raise SettingError(f"--arch {arch}: no usable section model: ({text})") from error
 
 
-def _passport(path: Path, config: DiTConfig, vae: VaeFacts, text: TextFacts) -> weights.Passport:
+def _passport(
+    path: Path, config: DiTConfig, vae: VaeFacts, text: TextFacts
+) -> weights_file.Passport:
     for what, option, own, facts, other in (
         ("latent channels", "--vae", config.in_channels, vae, vae.channels),
         ("token width", "--text-encoder", config.caption_width, text, text.width),
@@ -96,13 +98,13 @@ def _passport(path: Path, config: DiTConfig, vae: VaeFacts, text: TextFacts) -> 
     config = dataclasses.replace(config, caption_length=text.length)
     with torch.device("meta"):
         network = MicroDiT(config)
-    return weights.Passport(
+    return weights_file.Passport(
         run=path.stem,
         stage="imported",
         step=0,
         weights="live",
         ema=None,
-        **weights.facts(network, EDM(sigma_data=SIGMA_DATA)),
+        **weights_file.facts(network, EDM(sigma_data=SIGMA_DATA)),
         resolution=config.input_size * vae.downsample,
         vae=vae,
         text_encoder=text,
@@ -111,5 +113,5 @@ def _passport(path: Path, config: DiTConfig, vae: VaeFacts, text: TextFacts) -> 
         latents_manifests={},
         text_manifests={},
         attribution=[],
-        config={"imported": {"file": path.name, "sha256": weights.file_hash(path)}},
+        config={"imported": {"file": path.name, "sha256": weights_file.file_hash(path)}},
     )

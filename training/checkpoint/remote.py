@@ -20,7 +20,7 @@ from pipeline.core.errors import SettingError, StorageError
 from pipeline.core.store import Store
 from training.checkpoint import intact, run_folder
 from training.checkpoint.run_folder import MODEL, StageFolder
-from training.run.preflight import Plan
+from training.config.plan import Plan
 
 RETRY_S = 30.0  # after the Store's own retries have failed
 LAST_TRIES = 3  # of each file, when the run has ended

@@ -28,11 +28,13 @@ from typing import Any
 from pipeline.core.disk import second_name
 from pipeline.core.errors import SettingError
 from pipeline.core.store import Store, fingerprint
-from training.checkpoint import init_from, intact, weights_metadata
+from training.checkpoint import intact
+from training.config import init_from
+from training.config.plan import Plan
 from training.config.settings import Config
 from training.config.stage_settings import NOISE
 from training.network.config import MODELS, DiTConfig
-from training.run.preflight import Plan
+from training.weights import weights_metadata
 
 MODEL = "model.safetensors"
 SETTINGS = "settings.json"

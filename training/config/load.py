@@ -16,7 +16,7 @@ from pipeline.core.location import located
 from pipeline.core.nulls import instead_of_null
 from pipeline.core.text_files import read_yaml_text
 from pipeline.core.yaml12 import parse, parse_arguments
-from training.checkpoint import init_from
+from training.config import init_from
 from training.config.settings import Config
 from training.config.stage_settings import NOISE, Section, Stage
 from training.masking.ratio import RatioSchedule

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.core.store import TEMPORARY, Store
-from training.run.preflight import Plan
+from training.config.plan import Plan
 
 LOCKS = 64  # files that are fetched at the same time, at most
 PART = ".part"  # a file that is being fetched, or the room that is kept for it

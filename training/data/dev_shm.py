@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pipeline.core.errors import SettingError
 from pipeline.core.limits import SHM, require_shared_memory
 from pipeline.core.store import size
-from training.run.preflight import Plan, world_size
+from training.config.plan import Plan
+from training.ranks import world_size
 
 PREFETCH = 4  # batches that each loader process makes ahead
 _OWN = 1 << 20  # bytes: locks, counters and states of StreamingDataset

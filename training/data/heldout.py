@@ -14,11 +14,11 @@ from pipeline.core.errors import BrokenShard
 from pipeline.core.latents import posterior_sample
 from pipeline.core.published import Commits, Row, read_index, read_samples
 from pipeline.core.store import Store
+from training.config.plan import Plan, Source
 from training.data.cache import open_cache
 from training.data.left_out import left_out
 from training.data.shard_files import ShardFiles
 from training.data.token_vectors import Caption, TextGroup
-from training.run.preflight import Plan, Source
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from pipeline.core.latents import posterior_sample, to_model
 from pipeline.core.manifest import VaeFacts
 from pipeline.core.published import Row, read_index
 from pipeline.core.store import Store, size
+from training.config.plan import Plan, Source
 from training.config.settings import Config
 from training.data.buffers import Pool
 from training.data.cache import Cache, open_cache
@@ -36,7 +37,7 @@ from training.data.shards import SplitStream
 from training.data.shared_memory import named_after, of_first_rank
 from training.data.token_vectors import TextGroup
 from training.randomness import Rows, keyed_seed, sample_uniform, stage_key
-from training.run.preflight import Plan, Source, world_size
+from training.ranks import world_size
 
 REPLACEMENTS = 1000  # samples that are tried in the place of one whose shard is damaged
 

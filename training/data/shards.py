@@ -15,9 +15,9 @@ import numpy as np
 from streaming import Stream
 from streaming.base.format.mds import MDSReader
 
+from training.config.plan import Source
 from training.data.shard_files import ShardFiles
 from training.data.token_vectors import TextGroup
-from training.run.preflight import Source
 
 
 class SplitStream(Stream):

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from pipeline.core.errors import SettingError
-from training.checkpoint.weights import Passport
 from training.config.sampling_options import require_folder
 from training.export import text
 from training.export.bundle import bundle
 from training.export.transformer import MicroDiTModel
-from training.generate import Painter
+from training.generator import Generator
+from training.weights.weights_file import Passport
 
 TRANSFORMER, PIPELINE = "microdit", "pipeline"  # names of modules in the folder
 
@@ -31,13 +31,13 @@ def write(path: Path, out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingError(f"--out {out}: is there already; remove it, or name another folder")
     require_folder("--out", out)
-    painter = Painter(str(path), "cpu")
+    generator = Generator(str(path), "cpu")
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
-        _fill(part, painter)
+        _fill(part, generator)
         if out.exists():
             out.rmdir()
         os.replace(part, out)
@@ -45,14 +45,14 @@ def write(path: Path, out: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _fill(folder: Path, painter: Painter) -> None:
-    passport = painter.passport
+def _fill(folder: Path, generator: Generator) -> None:
+    passport = generator.passport
     with torch.device("meta"):
         model = MicroDiTModel(network=passport.model, objective=passport.objective)
-    model.dit = painter.network
+    model.dit = generator.network
     model.save_pretrained(folder / "transformer")
-    painter.vae.vae.save_pretrained(folder / "vae")
-    encoder = text.convert(painter.text, folder)
+    generator.vae.vae.save_pretrained(folder / "vae")
+    encoder = text.convert(generator.text, folder)
     encoder.model.save_pretrained(folder / "text_encoder")
     encoder.tokenizer.save_pretrained(folder / "tokenizer")
     for name in ("vocab.json", "merges.txt"):

@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from training.masking.kept import kept_tokens
-from training.masking.scheme import Scheme
+from training.masking.scheme import Scheme, kept_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor

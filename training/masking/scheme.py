@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from pipeline.core.errors import nearest
 from training.masking import MASKS
-from training.masking.kept import kept_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +69,24 @@ class Scheme:
         from training.network.tokens import keep_smallest
 
         return keep_smallest(noise, self.kept(noise.shape[1], ratio), self.skips)
+
+
+def kept_tokens(tokens: int, ratio: float, unit: str = "patches") -> int:
+    """How many of ``tokens`` a mask of ``ratio`` keeps: floor(tokens * (1 - ratio)).
+
+    Raises:
+        ValueError: ``ratio`` outside [0, 1), or so high that nothing is kept.
+    """
+    if not 0 <= ratio < 1:
+        raise ValueError(f"mask_ratio {ratio:g}: choose a share of dropped tokens in [0, 1)")
+    # The floor is of the decimal number meant, not of its binary neighbour: 10 tokens at 0.9
+    # are 0.9999999999999998 in floating point and 1 in intent.
+    keep = math.floor(tokens * (1 - ratio) + 1e-9)
+    if keep == 0:
+        raise ValueError(
+            f"mask_ratio {ratio:g}: keeps none of {tokens} {unit}; at most {1 - 1 / tokens:g}"
+        )
+    return keep
 
 
 def stage_settings() -> dict[str, Any]:

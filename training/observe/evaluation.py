@@ -22,7 +22,7 @@ from training.data.buffers import Pool
 from training.data.heldout import Picture
 from training.data.loader import Sample, collate
 from training.observe.eval_context import Subject
-from training.optim.swap import swapped
+from training.optim.ema import swap_weights
 from training.randomness import keyed_seed
 
 
@@ -67,7 +67,7 @@ class Evaluation(Callback):
         with self._subject.meter.aside():
             losses = {"live": self._losses(state)}
             for name, average in self._subject.averages().items():
-                with swapped(self._model.dit, average):
+                with swap_weights(self._model.dit, average):
                     losses[name] = self._losses(state)
         bins = names(self._settings.bins)
         values: dict[str, float] = {}

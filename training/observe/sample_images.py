@@ -27,8 +27,8 @@ from training.data.token_vectors import Caption
 from training.objectives.sampler import TextConditioned, sample
 from training.observe.eval_context import Subject
 from training.observe.image_grid import contact_sheet
+from training.optim.ema import swap_weights
 from training.optim.parallel import for_sampling
-from training.optim.swap import swapped
 from training.randomness import picture_noise
 
 
@@ -87,7 +87,7 @@ class SampleSheets(Callback):
         name = next(iter(averages), "live")
         network = for_sampling(self._model.dit)
         self._gathering = network is not self._model.dit
-        with swapped(self._model.dit, averages[name]) if averages else nullcontext():
+        with swap_weights(self._model.dit, averages[name]) if averages else nullcontext():
             latents = self._latents(state, self._captions, network)
         self._gathering = False
         if dist.get_global_rank() > 0:

@@ -8,8 +8,9 @@ state/callbacks/EMA/averages.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from training.checkpoint.checkpoints import Average
 from training.config.stage_settings import Power
-from training.optim.dtensors import gathered, local, parts_as
+from training.optim.dtensors import gathered, local, parts_as, reshard
 
 
 class EMA(Callback):
@@ -121,3 +122,36 @@ def _exponent(profile: Power) -> float:
         else:
             high = middle
     return low
+
+
+@contextlib.contextmanager
+def swap_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """In this block the network holds these weights, and they hold the network's own.
+
+    Values move, tensor by tensor and in place: no second copy of a model is made, compiled code,
+    which knows tensors by their address, sees the change, and every bit comes back.
+
+    Args:
+        weights: by parameter name, of the parameters' shapes, types and devices, and in the same
+            parts where ranks hold a part each.
+    """
+    reshard(network)
+    # Allocated before the first value moves: want of memory must not leave half of them moved.
+    largest = max(map(local, network.parameters()), key=Tensor.numel)
+    spare = torch.empty_like(largest).flatten()
+    _swap(network, weights, spare)
+    try:
+        yield
+    finally:
+        reshard(network)
+        _swap(network, weights, spare)
+
+
+@torch.no_grad()
+def _swap(network: nn.Module, weights: Mapping[str, Tensor], spare: Tensor) -> None:
+    for name, parameter in network.named_parameters():
+        own, other = local(parameter), local(weights[name])
+        held = spare[: own.numel()].view_as(own)
+        held.copy_(own)
+        own.copy_(other)
+        other.copy_(held)

@@ -14,7 +14,7 @@ from training.config.settings import Config
 from training.network.blocks import DiTBlock
 from training.network.decoder import DecoderBlock
 from training.objectives.sampler import TextConditioned
-from training.run.preflight import world_size
+from training.ranks import world_size
 
 if TYPE_CHECKING:
     from composer.utils import ParallelismConfig

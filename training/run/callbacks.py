@@ -11,7 +11,7 @@ from composer.utils import dist, get_device
 
 from pipeline.core.errors import SettingError
 from training.checkpoint.run_folder import StageFolder
-from training.checkpoint.weights import attributions
+from training.config.plan import Plan
 from training.data import heldout
 from training.data.shared_memory import of_first_rank
 from training.data.token_vectors import Caption
@@ -27,9 +27,10 @@ from training.observe.sample_images import SampleSheets
 from training.optim.ema import EMA
 from training.optim.guard import Guard
 from training.optim.optimizers import learning_rate
-from training.run.preflight import Plan, world_size
+from training.ranks import world_size
 from training.run.stage_callbacks import SaveCheckpoints, StepFunctions
 from training.run.stopping import StopAtSignal
+from training.weights.weights_file import attributions
 
 
 def say(text: str) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import yaml
 
 from pipeline.core.tokens import row_bytes
+from training.config.plan import Plan, Source, network_config
 from training.config.stage_settings import Stage
 from training.flops import flops_per_image, num_parameters
 from training.masking.ratio import ratio_steps
 from training.network.config import DiTConfig
-from training.run.preflight import Plan, Source, network_config
 
 STEP_PASSES = 3  # a training step costs three forward passes: forward, and twice that backward
 FLOAT16 = 2  # bytes

@@ -17,10 +17,12 @@ from composer import Callback, DataSpec, Trainer
 from composer.utils import dist, get_device
 
 from pipeline.core.errors import SettingError, StorageError
-from training.checkpoint import init_from, run_folder, weights, weights_metadata
+from training.checkpoint import run_folder
 from training.checkpoint.checkpoints import Checkpoint, CheckpointState, allow_only_data, read
 from training.checkpoint.remote import Mirror, fetch
 from training.checkpoint.run_folder import StageFolder
+from training.config import init_from
+from training.config.plan import Plan, Source, network_config
 from training.config.stage_settings import Power
 from training.data import loader_deaths
 from training.data.loader import LatentText, global_rows, make_dataset, make_loader
@@ -38,10 +40,11 @@ from training.optim.ema import EMA
 from training.optim.guard import RollBack
 from training.optim.optimizers import make_optimizer
 from training.randomness import keyed_seed, stage_key
+from training.ranks import world_size
 from training.run import callbacks as observers
 from training.run.callbacks import say
-from training.run.preflight import Plan, Source, network_config, world_size
 from training.run.stopping import StopAtSignal, Terminated
+from training.weights import weights_file, weights_metadata
 
 COMPILED_MULTIPLE = 16  # caption rows of a batch: fewer lengths, fewer graphs
 WAIT_S = 7200.0  # that ranks wait for the first: it fetches, saves and exports gigabytes
@@ -262,7 +265,7 @@ def _network(plan: Plan, name: str, start: CheckpointState | None, resume: Path 
 
 def _initial_network(plan: Plan, config: DiTConfig) -> MicroDiT:
     """The weights of `init_from`, with the positions of this run's resolution."""
-    network, _ = weights.load(init_from.path(plan.config))
+    network, _ = weights_file.load(init_from.path(plan.config))
     network.set_resolution(config.input_size, config.pos_interp_scale)
     return network.train().requires_grad_(True)
 
@@ -343,13 +346,13 @@ def _export(
     if dist.get_global_rank() > 0:
         return
     config, stage, sources = plan.config, plan.config.stages[name], plan.data[name]
-    live = weights.Passport(
+    live = weights_file.Passport(
         run=config.name,
         stage=name,
         step=stage.steps,
         weights="live",
         ema=None,
-        **weights.facts(model.dit, model.objective.denoiser),
+        **weights_file.facts(model.dit, model.objective.denoiser),
         resolution=stage.resolution,
         vae=sources[0].latents.vae,
         text_encoder=sources[0].text.text_encoder,
@@ -357,21 +360,21 @@ def _export(
         captions=config.data.all_captions(),
         latents_manifests={source.name: source.latents for source in sources},
         text_manifests={source.name: source.text for source in sources},
-        attribution=weights.attributions([source.name for source in sources]),
+        attribution=weights_file.attributions([source.name for source in sources]),
         config=config.model_dump(mode="json"),
         left_out=_left_out(sources, damaged),
     )
     if not stage.ema or stage.steps < stage.ema_start:
-        weights.write(path.model, tensors, live)
+        weights_file.write(path.model, tensors, live)
     else:
-        weights.write(path.live, tensors, live)
+        weights_file.write(path.live, tensors, live)
         # The first comes last: with it the stage is finished. One that has not begun, because the
         # last step was skipped, is the weights.
         for number, (average, profile) in reversed([*enumerate(stage.averages().items())]):
             kind = average if isinstance(profile, Power) else profile
             passport = live.model_copy(update={"weights": "ema", "ema": kind})
             file = path.average(average) if number else path.model
-            weights.write(file, {**tensors, **averages.get(average, {})}, passport)
+            weights_file.write(file, {**tensors, **averages.get(average, {})}, passport)
     run_folder.link_last(plan)  # a later stage may be finished
 
 

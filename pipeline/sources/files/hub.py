@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
 from pipeline.core.errors import SettingError
-from pipeline.sources.files import transfer
-from pipeline.sources.files.transfer import Facts, Interrupted, TransferError, harmless
+from pipeline.core.links import harmless
+from pipeline.sources.files import resumable
+from pipeline.sources.files.resumable import Facts, Interrupted, TransferError
 
 T = TypeVar("T")
 ATTEMPTS = 5  # of a question, while planning
@@ -103,7 +104,9 @@ def patiently(repo: str, ask: Callable[[], T]) -> T:
                     f"{repo}: the hub cannot be asked: {error}; try again, or give a commit for "
                     "the revision, of which nothing has to be asked"
                 ) from None
-            time.sleep(min(max(transfer.BACKOFF_S * 2**attempt, error.after_s), transfer.LONGEST_S))
+            time.sleep(
+                min(max(resumable.BACKOFF_S * 2**attempt, error.after_s), resumable.LONGEST_S)
+            )
         except TransferError as error:
             raise SettingError(str(error)) from None
     raise SettingError(f"{repo}: the hub cannot be asked")

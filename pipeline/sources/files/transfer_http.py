@@ -14,15 +14,14 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from pipeline.sources.files.transfer import (
+from pipeline.core.links import harmless, public
+from pipeline.sources.files.resumable import (
     COUNTERS,
     Changed,
     Facts,
     Interrupted,
     Transfer,
     TransferError,
-    harmless,
-    public,
 )
 
 if TYPE_CHECKING:

@@ -7,15 +7,14 @@ from typing import Any
 
 from pipeline.core import remote
 from pipeline.core.errors import SettingError
-from pipeline.sources.files.transfer import (
+from pipeline.core.links import harmless, public
+from pipeline.sources.files.resumable import (
     COUNTERS,
     Changed,
     Facts,
     Interrupted,
     Transfer,
     TransferError,
-    harmless,
-    public,
 )
 
 BLOCK = 32 << 20  # bytes of one request: what a cut connection costs

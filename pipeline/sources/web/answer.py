@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import aiohttp
 from yarl import URL
 
-from pipeline.sources.web.fetch import FetchError
+from pipeline.sources.web.settings import FetchError
 
 AGAIN = (408, 425, 429, 500, 502, 503, 504)
 REDIRECTS = (301, 302, 303, 307, 308)

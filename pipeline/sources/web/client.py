@@ -37,8 +37,8 @@ from pipeline.sources.web.answer import (
     read_start,
     retry_after,
 )
-from pipeline.sources.web.fetch import FetchError, HttpSettings
 from pipeline.sources.web.limits import Order, Room
+from pipeline.sources.web.settings import FetchError, HttpSettings
 from pipeline.sources.web.site_rules import SiteRules
 
 MEMORY = 512_000_000  # bytes of bodies that came, or are coming, and were not taken yet

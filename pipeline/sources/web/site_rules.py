@@ -12,7 +12,7 @@ from yarl import URL
 from pipeline.sources.web import robots
 from pipeline.sources.web.address import Refused
 from pipeline.sources.web.answer import REDIRECTS, Answer, Transient
-from pipeline.sources.web.fetch import FetchError
+from pipeline.sources.web.settings import FetchError
 
 VALID_S = 24 * 3600  # how long one is believed (RFC 9309)
 SITES = 20_000  # that a process remembers

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.commands.status import groups_of
 from pipeline.config import build_stage, load_config
 from pipeline.core.commits import read_commits
 from pipeline.core.errors import StorageError
 from pipeline.core.store import TEMPORARY, Store, sha256
+from pipeline.engine.inventory import groups_of
 from tests.checkout import ROOT
 from tests.pipeline.helpers.roots import run_here, tree
 

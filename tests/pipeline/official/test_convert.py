@@ -12,8 +12,7 @@ import pytest
 from streaming import MDSWriter, StreamingDataset
 from streaming.base.util import merge_index
 
-from pipeline.commands.prune import find
-from pipeline.commands.status import collect, groups_of
+from pipeline.commands.status import collect
 from pipeline.commands.verify import select, verify
 from pipeline.core import drops, facts, layout
 from pipeline.core.catalog import Catalog
@@ -23,7 +22,9 @@ from pipeline.core.manifest import OfficialManifest, VaeFacts, read_manifest
 from pipeline.core.store import Store, fingerprint
 from pipeline.core.tables import from_parquet
 from pipeline.core.tokens import dequantise
+from pipeline.dropping.prune import find
 from pipeline.encoders import VAES, vae_facts
+from pipeline.engine.inventory import groups_of
 from pipeline.engine.plan import Choice, plan
 from pipeline.official import layout as official
 from pipeline.official.exporter import Export

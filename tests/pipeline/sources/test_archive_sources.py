@@ -31,7 +31,7 @@ from pipeline.engine.plan import Choice, plan
 from pipeline.sources.coco2014 import Coco2014
 from pipeline.sources.files import archives, transfer
 from pipeline.sources.files.archives import BrokenArchive
-from pipeline.sources.files.transfer import TransferError
+from pipeline.sources.files.resumable import TransferError
 from pipeline.sources.files.wds_samples import samples
 from pipeline.sources.journeydb import strip_flags
 from pipeline.sources.sa1b import SA1B

@@ -15,7 +15,7 @@ from pipeline.core.errors import SettingError
 from pipeline.core.samples import RawImage, Reject
 from pipeline.core.store import Store
 from pipeline.engine.plan import Choice
-from pipeline.sources.files import transfer
+from pipeline.sources.files import resumable, transfer
 from pipeline.sources.hf import HubDataset
 from pipeline.sources.tables import parquet_rows
 from pipeline.sources.textcaps import TextCaps
@@ -322,7 +322,7 @@ def test_a_file_that_differs_from_the_plan_is_not_used(server):
     source = HubDataset(repo="cats/many")
     shard = source.shards()[0]
     server.repos["cats/many"]["data/train-00000-of-00002.parquet"] = parquet(rows(50, 8))
-    with pytest.raises(transfer.TransferError, match="sha256"):
+    with pytest.raises(resumable.TransferError, match="sha256"):
         list(source.fetch(shard))
 
 

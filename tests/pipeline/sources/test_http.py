@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from pipeline.sources.web import answer, client, site_rules
 from pipeline.sources.web.address import Refused, anyone, parse, public_only, spelled
 from pipeline.sources.web.client import Client, Seam
-from pipeline.sources.web.fetch import FetchError, HttpSettings, fetch_all
+from pipeline.sources.web.fetch import fetch_all
 from pipeline.sources.web.limits import Order, Room
+from pipeline.sources.web.settings import FetchError, HttpSettings
 from tests.pipeline.helpers import web as servers
 from tests.pipeline.helpers.web import Web, serving
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from pipeline.core.staged_file import SCRATCH_VARIABLE, scratch
-from pipeline.sources.files import lookup, transfer
+from pipeline.sources.files import lookup, resumable
 from pipeline.sources.files.lookup import Row, rows_of, sorted_rows
 
 
@@ -51,9 +51,9 @@ def test_it_is_made_once_for_an_identity():
 def test_rows_that_break_off_leave_nothing_behind():
     def make() -> Iterator[Row]:
         yield from rows(10)
-        raise transfer.TransferError("cut")
+        raise resumable.TransferError("cut")
 
-    with pytest.raises(transfer.TransferError):
+    with pytest.raises(resumable.TransferError):
         sorted_rows("a", make, 2)
     assert list(scratch().iterdir()) == []
     assert rows_of(sorted_rows("a", lambda: rows(10), 2), 0, 10) != []

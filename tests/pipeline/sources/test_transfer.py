@@ -21,9 +21,11 @@ from typing import NamedTuple
 import pytest
 
 from pipeline.core.errors import SettingError, StorageError
+from pipeline.core.links import harmless
 from pipeline.core.staged_file import SCRATCH_VARIABLE
-from pipeline.sources.files import hub, scratch_files, transfer, transfer_http
-from pipeline.sources.files.transfer import TransferError, local
+from pipeline.sources.files import hub, resumable, scratch_files, transfer, transfer_http
+from pipeline.sources.files.resumable import TransferError
+from pipeline.sources.files.transfer import local
 from tests.pipeline.helpers import web
 from tests.pipeline.helpers.hub_server import COMMIT, SIGNATURE, Fault, HubServer
 
@@ -37,7 +39,7 @@ def server(monkeypatch, tmp_path) -> Iterator[HubServer]:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setattr(transfer, "BACKOFF_S", 0.01)
-    transfer.take_counters()
+    resumable.take_counters()
     with HubServer() as server:
         server.files["big.tar"] = DATA
         server.repos["owner/set"] = {"data/0001.tar": DATA, "README.md": b"small"}
@@ -61,7 +63,7 @@ def test_a_file_is_whole_while_the_block_runs_and_gone_after_it(server):
         assert path.name.endswith("-big.tar")
         assert path.read_bytes() == DATA
     assert left() == []
-    counted = transfer.take_counters()
+    counted = resumable.take_counters()
     assert counted == {"bytes transferred": len(DATA), "files transferred": 1}
 
 
@@ -92,7 +94,7 @@ def test_a_cut_connection_goes_on_where_it_broke(server, validators):
     assert read(f"{server.url}/big.tar") == DATA
     ranges = [r.headers.get("range") for r in server.requests("big.tar")]
     assert ranges == [None, "bytes=100000-", "bytes=150000-"]
-    assert transfer.take_counters()["bytes transferred"] == len(DATA)
+    assert resumable.take_counters()["bytes transferred"] == len(DATA)
 
 
 def test_each_cut_that_brought_something_is_no_failure(server):
@@ -145,7 +147,7 @@ def test_without_ranges_it_begins_anew(server):
     server.fault(cut=100_000)
     server.fault(no_ranges=True)
     assert read(f"{server.url}/big.tar") == DATA
-    assert transfer.take_counters()["transfers begun anew"] == 1
+    assert resumable.take_counters()["transfers begun anew"] == 1
 
 
 def test_a_server_without_ranges_that_never_gives_all_is_given_up(server):
@@ -165,7 +167,7 @@ def test_a_kept_file_is_fetched_once_and_asked_about(server):
     url = f"{server.url}/big.tar"
     for _ in range(3):
         assert read(url, keep=True) == DATA
-    assert transfer.take_counters()["bytes transferred"] == len(DATA)
+    assert resumable.take_counters()["bytes transferred"] == len(DATA)
     assert [r.headers.get("range") for r in server.requests("big")][1:] == ["bytes=300000-"] * 2
 
 
@@ -224,7 +226,7 @@ def test_a_drip_and_a_silence_are_given_up_for_a_new_connection(server, monkeypa
     server.fault(drip=0.01)
     server.fault(hold=1000)
     assert read(f"{server.url}/big.tar") == DATA
-    assert transfer.take_counters()["transfers interrupted"] == 2
+    assert resumable.take_counters()["transfers interrupted"] == 2
 
 
 CHECKSUMS = {
@@ -260,7 +262,7 @@ def test_links_signed_anew_continue_the_same_file(server):
         read(f"{server.url}/big.tar?Signature=old", identity="sa_000020.tar")
     assert read(f"{server.url}/big.tar?Signature=new", identity="sa_000020.tar") == DATA
     assert server.seen[-1].headers["range"] == "bytes=100000-"
-    assert transfer.take_counters()["bytes transferred"] == len(DATA)
+    assert resumable.take_counters()["bytes transferred"] == len(DATA)
 
 
 def test_names_in_the_scratch_folder_hold_no_secret(server):
@@ -278,7 +280,7 @@ def _scratch_files() -> list[Path]:
 
 @pytest.mark.parametrize("before", [0, 280, 285, 290, 295])
 def test_a_message_that_is_cut_shows_no_half_of_a_password(before):
-    line = transfer.harmless("x" * before + " https://me:s3cr3t@host/a?sig=s3cr3t failed")
+    line = harmless("x" * before + " https://me:s3cr3t@host/a?sig=s3cr3t failed")
     assert "s3" not in line
     assert len(line) <= 300
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from pipeline.core.errors import SettingError
 from tests.training.helpers.groups import make_encoders, make_source, settings
 from tests.training.helpers.runs import Watch, equal, plan_of
-from training.checkpoint import weights
 from training.checkpoint.checkpoints import allow_only_data
+from training.config.plan import Plan
 from training.run import trainer
-from training.run.preflight import Plan
 from training.train import main
+from training.weights import weights_file
 
 # Composer's and streaming's own warnings; ours go through SettingError.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -137,9 +137,9 @@ def test_a_stage_is_tied_to_the_weights_that_it_began_from(
     )
     # The same stage of the same settings, trained elsewhere with other results.
     shutil.copytree(source / "masked", run / "masked")
-    passport = weights.read_passport(source / "masked/model.safetensors")
+    passport = weights_file.read_passport(source / "masked/model.safetensors")
     changed = {k: v + 1 for k, v in load_file(source / "masked/model.safetensors").items()}
-    weights.write(run / "masked/model.safetensors", changed, passport)
+    weights_file.write(run / "masked/model.safetensors", changed, passport)
     assert "holds other weights than those that stage full began from (sha256 " in answer()
     shutil.copy(source / "masked/model.safetensors", run / "masked/model.safetensors")
     assert main([str(path)]) == 0

@@ -19,13 +19,14 @@ from pipeline.core.errors import SettingError, StorageError
 from pipeline.core.store import Store
 from tests.pipeline.helpers.s3 import BUCKET, S3Server, variables
 from tests.training.helpers.groups import make_encoders, make_source, settings
-from training.checkpoint import weights
 from training.checkpoint.remote import Mirror
 from training.config.load import resolve
+from training.config.plan import Plan
 from training.run import trainer
-from training.run.preflight import Plan, check
+from training.run.preflight import check
 from training.run.stopping import Terminated
 from training.train import main
+from training.weights import weights_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
 
@@ -140,7 +141,7 @@ def test_a_copy_that_began_from_other_weights(
     shutil.copytree(whole[0] / "masked", tmp_path / "run/masked")
     model = tmp_path / "run/masked/model.safetensors"
     changed = {name: value + 1 for name, value in load_file(model).items()}
-    weights.write(model, changed, weights.read_passport(model))
+    weights_file.write(model, changed, weights_file.read_passport(model))
     with pytest.raises(SettingError, match=r"masked/model.safetensors holds other weights than"):
         trainer.run(plan_of(data, tmp_path / "run", tmp_path / "copy"))
 

@@ -16,15 +16,16 @@ from tests.checkout import ROOT
 from tests.training.helpers.groups import Encoders, changed, make_source
 from training.checkpoint import run_folder
 from training.config.load import _keys, load, resolve
+from training.config.plan import MissingData
 from training.config.settings import Config, Model
 from training.config.stage_settings import NOISE
 from training.masking.ratio import ratio_at
 from training.masking.tread import Tread
-from training.run.preflight import MissingData, check
+from training.run.preflight import check
 
 TUNING = sorted(ROOT.glob("yamls/tune*.yaml"))
 
-# Those that start from weights: tests/training/checkpoint/test_init_from.py.
+# Those that start from weights: tests/training/config/test_init_from.py.
 RUNS = sorted({*ROOT.glob("yamls/*.yaml"), *ROOT.glob("yamls/ablations/*.yaml")} - set(TUNING))
 
 
@@ -154,8 +155,8 @@ def test_unusable_bases(tmp_path: Path, files: dict[str, str], message: str) -> 
 
 def test_pairs_of_ablations_cost_the_same() -> None:
     """Two ablations of the paper compare networks at equal FLOPs."""
+    from training.config.plan import network_config
     from training.run.cost import forward_flops
-    from training.run.preflight import network_config
 
     def cost(name: str) -> float:
         plan = check(load([str(ROOT / f"yamls/{name}.yaml"), "data.root=/nowhere"]), False)
@@ -569,7 +570,7 @@ def test_every_path_setting_knows_homes(
     raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    # init_from, whose file is read at once: tests/training/checkpoint/test_init_from.py.
+    # init_from, whose file is read at once: tests/training/config/test_init_from.py.
     for key in ("data.root", "data.cache", "folder", "checkpoint.remote", "data.vae"):
         raw = changed(raw, key, f"~/{key}")
     config = resolve(raw)

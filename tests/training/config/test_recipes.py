@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from pipeline.core.errors import SettingError
 from tests.checkout import ROOT
 from tests.training.helpers.groups import SHIPPED, make_source, settings
-from training.checkpoint import weights
 from training.checkpoint.checkpoints import read
 from training.config.load import resolve
+from training.config.plan import Plan
 from training.config.settings import Muon, Optimizer
 from training.generate import main as generate
 from training.masking.deferred import Deferred
@@ -31,7 +31,8 @@ from training.objectives.edm import EDM
 from training.objectives.flow import Flow
 from training.optim.optimizers import learning_rate, make_optimizer
 from training.run import trainer
-from training.run.preflight import Plan, check
+from training.run.preflight import check
+from training.weights import weights_file
 
 # Composer's and streaming's own warnings; ours go through SettingError.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -156,7 +157,7 @@ def test_what_a_run_with_several_averages_leaves(whole: tuple[Plan, Watch]) -> N
         ("ema-power-0.1", "ema", "power-0.1", "power-0.1"),
         ("live", "live", None, ""),
     ):
-        network, passport = weights.load(folder / f"{file}.safetensors")
+        network, passport = weights_file.load(folder / f"{file}.safetensors")
         assert (passport.weights, passport.ema) == (kind, ema)
         assert passport.noise() == Flow()
         if name:
@@ -231,7 +232,7 @@ def test_fidelity(data: dict[str, Any], tmp_path: Path, fidelity: str) -> None:
     files = {path.name for path in (tmp_path / "masked").glob("*.safetensors")}
     averaged = {"live.safetensors", "ema-power-0.1.safetensors"} if intended else set()
     assert files == {"model.safetensors"} | averaged
-    network, passport = weights.load(tmp_path / "model.safetensors")
+    network, passport = weights_file.load(tmp_path / "model.safetensors")
     assert passport.weights == ("ema" if intended else "live")
     if intended:
         checkpoint = read(tmp_path / "masked/step-00000006.pt")

@@ -14,10 +14,11 @@ from pipeline.core.errors import BrokenShard, SettingError
 from pipeline.core.store import Store
 from tests.training.helpers.groups import Encoders, make_source, settings
 from training.config.load import resolve
+from training.config.plan import Plan
 from training.data import shard_files
 from training.data.loader import make_dataset
 from training.data.mapped import Maps
-from training.run.preflight import Plan, check
+from training.run.preflight import check
 
 
 def plan_of(root: str, encoders: Encoders, cache: Path, run: str = "run", **data: Any) -> Plan:

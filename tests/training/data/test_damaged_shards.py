@@ -17,10 +17,11 @@ from pipeline.core.errors import BrokenShard, SettingError
 from tests.training.data.test_loader import batches_of
 from tests.training.helpers.groups import Encoders, make_source, settings
 from training.config.load import resolve
+from training.config.plan import Plan
 from training.data import heldout
 from training.data.loader import make_dataset, make_loader
 from training.data.mapped import MAPS, Maps, map_file
-from training.run.preflight import Plan, check
+from training.run.preflight import check
 from training.train import _message
 
 

@@ -18,8 +18,9 @@ from pipeline.core.errors import SettingError
 from pipeline.core.store import Store
 from tests.training.helpers.groups import Encoders, make_source, settings
 from training.config.load import resolve
+from training.config.plan import Plan
 from training.data.loader import LatentText, Sample, make_dataset, make_loader
-from training.run.preflight import Plan, check
+from training.run.preflight import check
 
 
 def plan_of(root: Path, encoders: Encoders, **data: Any) -> Plan:

@@ -24,13 +24,14 @@ from pipeline.core.manifest import VaeFacts
 from tests.training.helpers.groups import Encoders, make_source, open_text, settings
 from training import scores
 from training.config.load import resolve
+from training.config.plan import Plan
 from training.data import shard_files, token_vectors
 from training.data.buffers import Pool
 from training.data.loader import LatentText, Sample, collate, global_rows, make_dataset, make_loader
 from training.data.mapped import Maps
 from training.data.token_vectors import TextGroup
 from training.randomness import Rows
-from training.run.preflight import Plan, check
+from training.run.preflight import check
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from pipeline.core.mds import encode_shard
 from pipeline.core.tokens import dequantise
 from tests.training.helpers.groups import Encoders, make_encoders, make_source, open_text, settings
 from training.config.load import resolve
+from training.config.plan import Plan
 from training.data.loader import make_dataset, make_loader
 from training.run.cost import report
-from training.run.preflight import Plan, check
+from training.run.preflight import check
 
 WIDTH = 100  # not a whole number of blocks of 64
 

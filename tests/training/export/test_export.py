@@ -22,16 +22,16 @@ from pipeline.encoders.openclip import OpenClip
 from tests.checkout import ROOT
 from tests.pipeline.helpers.text_folders import save_clip, save_t5
 from tests.training.test_generate import run_folder
-from training.checkpoint import weights
 from training.convert import main
 from training.export import text, transformer
 from training.export.bundle import CannotBundle, bundle
 from training.export.pipeline import MicroDiTPipeline
-from training.generate import Painter
+from training.generator import Generator
 from training.objectives import OBJECTIVES
 from training.objectives.edm import EDM
 from training.objectives.flow import Flow
 from training.objectives.sampler import Solver, sample
+from training.weights import weights_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers' and transformers' own
 
@@ -71,8 +71,8 @@ def test_a_folder_paints_without_this_package(
     run, out = run_folder(tmp_path / "run", mode), tmp_path / "out"
     assert main(["export", str(run), "--to", "diffusers", "--out", str(out)]) == 0
     prompts = ["avocado on a blue background", "Rocket &amp; moon", "rocket"]
-    painter = Painter(str(run), "cpu")
-    expected = painter.paint(prompts, guidance=3.0, steps=3, seed=5)
+    generator = Generator(str(run), "cpu")
+    expected = generator.generate(prompts, guidance=3.0, steps=3, seed=5)
     found = paint_elsewhere(
         out, tmp_path, prompts=prompts, guidance_scale=3.0, num_inference_steps=3, seed=5
     )
@@ -81,8 +81,8 @@ def test_a_folder_paints_without_this_package(
     assert difference.max() <= 1, f"{(difference > 0).mean():.4%} of values differ"
     assert expected.std() > 5
     assert "OpenMoji" in (out / "README.md").read_text()
-    tensors = weights.read_tensors(out / "transformer/diffusion_pytorch_model.safetensors")
-    own = weights.read_tensors(run / "model.safetensors")
+    tensors = weights_file.read_tensors(out / "transformer/diffusion_pytorch_model.safetensors")
+    own = weights_file.read_tensors(run / "model.safetensors")
     assert {f"dit.{name}" for name in own} == tensors.keys()
     assert all(torch.equal(tensors[f"dit.{name}"], value) for name, value in own.items())
     assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
@@ -202,8 +202,8 @@ def test_every_objective_is_exported() -> None:
 def test_a_saved_component_samples_as_training_does(
     tmp_path: Path, objective: EDM | Flow, solver: Solver
 ) -> None:
-    network, _ = weights.load(run_folder(tmp_path / "run", "full") / "model.safetensors")
-    facts = weights.facts(network, objective)
+    network, _ = weights_file.load(run_folder(tmp_path / "run", "full") / "model.safetensors")
+    facts = weights_file.facts(network, objective)
     model = transformer.MicroDiTModel(facts["model"], facts["objective"])
     model.dit = network
     model.save_pretrained(tmp_path / "component")

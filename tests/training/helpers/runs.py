@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from tests.checkout import ROOT
 from tests.training.helpers.groups import make_encoders, make_source, settings
 from training.config.load import resolve
-from training.run.preflight import Plan, check
+from training.config.plan import Plan
+from training.run.preflight import check
 
 # argv: settings as JSON, a file for the losses, "RUN STEP" after which the process kills itself,
 # and what `Poison` takes, as JSON.

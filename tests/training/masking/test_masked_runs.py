@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tests.training.helpers.groups import make_encoders, make_source, settings
-from training.checkpoint import weights
 from training.config.load import resolve
 from training.network.layers import position_table
 from training.objectives.sampler import sample
 from training.run import trainer
 from training.run.preflight import check
+from training.weights import weights_file
 
 # Composer's and streaming's own warnings; ours go through SettingError.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
@@ -33,8 +33,8 @@ def test_maskdit_from_a_schedule_to_a_finer_unmasked_stage(tmp_path: Path) -> No
         "fine": {"steps": 2, "resolution": 128},
     }
     trainer.run(check(resolve(raw)))
-    masked, _ = weights.load(tmp_path / "run/masked/model.safetensors")
-    network, passport = weights.load(tmp_path / "run/model.safetensors")
+    masked, _ = weights_file.load(tmp_path / "run/masked/model.safetensors")
+    network, passport = weights_file.load(tmp_path / "run/model.safetensors")
     assert passport.stage == "fine"
     assert masked.decoder is not None
     assert network.decoder is not None

@@ -20,9 +20,8 @@ from training.config.load import load
 from training.masking import MASKS
 from training.masking.block import Block
 from training.masking.deferred import Deferred
-from training.masking.kept import kept_tokens
 from training.masking.ratio import RatioSchedule, ratio_at, ratio_steps
-from training.masking.scheme import Scheme, make_scheme
+from training.masking.scheme import Scheme, kept_tokens, make_scheme
 from training.masking.tread import Tread
 from training.network.config import MODELS, DiTConfig
 
@@ -243,7 +242,7 @@ def test_networks_a_scheme_cannot_train() -> None:
 def test_every_file_is_in_the_table() -> None:
     files = {p.stem for p in ROOT.glob("training/masking/*.py")}
     named = {target.split(":")[0].split(".")[-1] for target in MASKS.values()}
-    assert files - named == {"__init__", "scheme", "kept", "ratio", "tokens"}
+    assert files - named == {"__init__", "scheme", "ratio"}
 
 
 # --- ratio over a stage

@@ -19,17 +19,18 @@ from pipeline.core.errors import SettingError
 from pipeline.core.latents import to_model
 from tests.training.helpers.groups import Encoders, make_encoders, make_source, settings
 from tests.training.helpers.runs import Watch, equal, make_toy, plan_of
-from training.checkpoint import weights
 from training.config.load import resolve
+from training.config.plan import Plan
 from training.data import heldout
 from training.model import DiffusionModel
 from training.objectives.edm import EDM
 from training.observe import metrics_log
 from training.observe.evaluation import Evaluation, names, quantiles
-from training.optim.swap import swapped
+from training.optim.ema import swap_weights
 from training.randomness import keyed_seed
 from training.run import trainer
-from training.run.preflight import Plan, check
+from training.run.preflight import check
+from training.weights import weights_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
 
@@ -98,10 +99,10 @@ def test_losses_of_live_weights_and_average(toy: dict[str, Any], tmp_path: Path)
     assert [row["step"] for row in rows if "eval/live/mean" in row] == [3, 4]
     pictures = heldout.read(plan, "masked", "heldout", 18)
     assert [p.key for p in pictures] == [f"00002{n:04d}" for n in range(18)]
-    edm = weights.read_passport(folder / "model.safetensors").noise()
+    edm = weights_file.read_passport(folder / "model.safetensors").noise()
     assert isinstance(edm, EDM)
     for name, file in (("live", "live.safetensors"), ("ema", "model.safetensors")):
-        network, _ = weights.load(folder / file)
+        network, _ = weights_file.load(folder / file)
         means = []
         for q, bin in zip((0.125, 0.375, 0.625, 0.875), ("q12", "q38", "q62", "q88"), strict=True):
             sigma = math.exp(edm.p_mean + edm.p_std * NormalDist().inv_cdf(q))
@@ -138,7 +139,7 @@ def test_want_of_memory_moves_no_weight(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("empty_like", "clone"):
         monkeypatch.setattr(torch, name, full)
     monkeypatch.setattr(torch.Tensor, "clone", full)
-    with pytest.raises(torch.OutOfMemoryError), swapped(network, other):
+    with pytest.raises(torch.OutOfMemoryError), swap_weights(network, other):
         pass
     monkeypatch.undo()
     for name, parameter in network.named_parameters():
@@ -156,12 +157,12 @@ def test_swapped_weights_are_seen_by_compiled_code() -> None:
     x = torch.ones(1, 3)
     with torch.no_grad():
         before = compiled(x)
-        with swapped(network, other):
+        with swap_weights(network, other):
             expected = torch.func.functional_call(network, kept, x)
             assert torch.equal(compiled(x), expected)
             assert all(torch.equal(other[name], own[name]) for name in own)
         assert torch.equal(compiled(x), before)
-        with pytest.raises(ZeroDivisionError), swapped(network, other):
+        with pytest.raises(ZeroDivisionError), swap_weights(network, other):
             _ = 1 / 0
     for name, value in network.named_parameters():
         assert torch.equal(value, own[name])

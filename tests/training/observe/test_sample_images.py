@@ -14,7 +14,7 @@ from pipeline.encoders import load_text
 from tests.training.helpers.groups import SHIPPED, make_source, settings
 from tests.training.helpers.runs import equal, make_toy, plan_of
 from training.data.token_vectors import Caption
-from training.generate import Painter
+from training.generator import Generator
 from training.observe import metrics_log
 from training.observe.image_grid import LINE, MARGIN
 from training.observe.sample_images import distinct, stack
@@ -56,8 +56,8 @@ def test_sheets_are_what_generate_paints(shipped: dict[str, Any], tmp_path: Path
     folder = tmp_path / "run/masked"
     sheets = sorted((folder / "samples").iterdir())
     assert [sheet.name for sheet in sheets] == ["step-00000002.png", "step-00000004.png"]
-    painter = Painter(str(folder), "cpu")
-    expected = painter.paint(PROMPTS, guidance=2.0, steps=3, seed=5)
+    generator = Generator(str(folder), "cpu")
+    expected = generator.generate(PROMPTS, guidance=2.0, steps=3, seed=5)
     found = pictures(sheets[-1], 2)
     assert np.abs(found.astype(int) - expected).max() <= 1  # rounding of equal numbers
     assert not np.array_equal(found, pictures(sheets[0], 2))
@@ -115,7 +115,7 @@ def test_a_sheet_that_fails_is_a_warning(
 
 
 def test_tokens_of_prompts_and_of_shards_are_laid_out_alike() -> None:
-    """Padded to the longest with zeros, as the loader and the painter do."""
+    """Padded to the longest with zeros, as the loader and the generator do."""
     text = load_text(SHIPPED.text)
     tokens, lengths = text.encode(PROMPTS)
     rows = [t[:n].half().numpy() for t, n in zip(tokens, map(int, lengths), strict=True)]

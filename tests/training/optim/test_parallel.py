@@ -29,7 +29,7 @@ from tests.training.helpers.runs import Poison, plan_of, run_process
 from tests.training.observe.test_sample_images import PROMPTS, pictures
 from tests.training.test_ranks import launched
 from training.config.load import resolve
-from training.generate import Painter
+from training.generator import Generator
 from training.network.blocks import DiTBlock
 from training.network.decoder import DecoderBlock
 from training.objectives.edm import EDM
@@ -220,7 +220,9 @@ def test_sheets_are_what_generate_paints(tmp_path: Path) -> None:
     raw = settings(tmp_path / "data", SHIPPED, tmp_path / "run") | FSDP2
     raw |= {"stages": {"masked": stage}, "samples": ask, "evaluate": {"every": 0}}
     assert run_process(raw, tmp_path / "losses.txt", ranks=2) == 0
-    expected = Painter(str(tmp_path / "run"), "cpu").paint(PROMPTS, guidance=2.0, steps=3, seed=5)
+    expected = Generator(str(tmp_path / "run"), "cpu").generate(
+        PROMPTS, guidance=2.0, steps=3, seed=5
+    )
     found = pictures(tmp_path / "run/masked/samples/step-00000002.png", 2)
     assert np.abs(found.astype(int) - expected).max() <= 1
     rows = metrics_log.read(tmp_path / "run/masked/metrics.jsonl")

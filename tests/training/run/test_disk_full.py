@@ -19,8 +19,9 @@ from tests.training.helpers.groups import make_encoders, make_source, settings
 from training.checkpoint.checkpoints import read
 from training.checkpoint.run_folder import StageFolder
 from training.config.load import resolve
+from training.config.plan import Plan
 from training.run import trainer
-from training.run.preflight import Plan, check
+from training.run.preflight import check
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
 

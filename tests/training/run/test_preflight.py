@@ -11,7 +11,8 @@ from pipeline.core.errors import SettingError
 from pipeline.core.store import Store
 from tests.training.helpers.groups import Encoders, changed, make_source
 from training.config.load import resolve
-from training.run.preflight import MissingData, check
+from training.config.plan import MissingData
+from training.run.preflight import check
 
 
 @pytest.mark.parametrize(

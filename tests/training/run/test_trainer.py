@@ -22,15 +22,15 @@ from pipeline.core.errors import SettingError
 from tests.checkout import ROOT
 from tests.training.helpers.groups import make_encoders, make_source, settings
 from tests.training.helpers.runs import Watch, equal, last_losses, plan_of, run_process
-from training.checkpoint import weights
 from training.checkpoint.checkpoints import read
 from training.checkpoint.run_folder import StageFolder
+from training.config.plan import Plan
 from training.data.shared_memory import SHM, run_number
 from training.network.dit import MicroDiT
 from training.optim.optimizers import learning_rate
 from training.run import trainer
-from training.run.preflight import Plan
 from training.train import main
+from training.weights import weights_file
 
 # Composer's and streaming's own warnings; ours go through SettingError.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -116,7 +116,7 @@ def test_what_a_run_leaves(trained: tuple[Plan, Watch]) -> None:
     ]
     assert files == sorted(["config.json", "model.safetensors", *stages])
     assert os.path.samefile(path / "model.safetensors", path / "full/model.safetensors")
-    network, passport = weights.load(path / "model.safetensors")
+    network, passport = weights_file.load(path / "model.safetensors")
     assert (passport.stage, passport.step, passport.weights, passport.ema) == (
         "full",
         7,
@@ -128,7 +128,7 @@ def test_what_a_run_leaves(trained: tuple[Plan, Watch]) -> None:
     assert passport.text == "trimmed"
     assert passport.config["stages"]["full"]["lr"] == 1e-2
     assert network.config.caption_width == 16
-    live = weights.read_passport(path / "full/live.safetensors")
+    live = weights_file.read_passport(path / "full/live.safetensors")
     assert (live.weights, live.ema) == ("live", None)
 
 
@@ -139,7 +139,7 @@ def test_checkpoint_keeps_the_average_under_its_own_key(trained: tuple[Plan, Wat
     average = state.averages["0.9"]
     assert state.averages.keys() == {"0.9"}
     assert average["updates"] == 17  # of both stages
-    parameters = dict(MicroDiT(weights.read_passport(path.model).network()).named_parameters())
+    parameters = dict(MicroDiT(weights_file.read_passport(path.model).network()).named_parameters())
     assert average["values"].keys() == parameters.keys()  # and no buffers
     for name in parameters:
         assert torch.equal(state.model[f"dit.{name}"], live[name])
@@ -194,8 +194,8 @@ def test_resolution_may_change_between_stages(data: dict[str, Any], tmp_path: Pa
     stages = {"small": {"steps": 2}, "large": {"steps": 2, "resolution": 128}}
     plan = plan_of(data, tmp_path / "run", stages=stages)
     trainer.run(plan)
-    small, passport = weights.load(tmp_path / "run/small/model.safetensors")
-    large, larger = weights.load(tmp_path / "run/large/model.safetensors")
+    small, passport = weights_file.load(tmp_path / "run/small/model.safetensors")
+    large, larger = weights_file.load(tmp_path / "run/large/model.safetensors")
     assert (passport.resolution, small.config.input_size, small.config.pos_interp_scale) == (
         64,
         8,

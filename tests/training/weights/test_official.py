@@ -16,12 +16,12 @@ from torch import Tensor
 from pipeline.core.errors import SettingError
 from tests.checkout import VECTORS
 from tests.training.helpers.groups import make_encoders
-from training.checkpoint import official, weights
 from training.convert import main
-from training.generate import Painter
+from training.generator import Generator
 from training.network.config import MODELS, DiTConfig
 from training.network.dit import MicroDiT
 from training.network.layers import position_table
+from training.weights import official, weights_file
 
 SHAPES: dict[str, dict[str, list[int]]] = json.loads(
     (VECTORS / "state_dict_shapes.json").read_text()
@@ -118,7 +118,7 @@ def test_round_trip_is_exact(
     said = capsys.readouterr().out
     assert ("2 tensors beside the network left out" in said) == (kind == "composer")
     assert "shift_factor" in said  # of tiny4, which the official code would leave out
-    network, passport = weights.load(out / "model.safetensors")
+    network, passport = weights_file.load(out / "model.safetensors")
     assert (passport.resolution, passport.text, passport.latents_manifests) == (64, "full", {})
     assert network.config.pos_interp_scale == 1
     assert passport.objective["sigma_data"] == 0.9
@@ -136,7 +136,7 @@ def test_round_trip_is_exact(
     MicroDiT(network.config).load_state_dict(found)
     again = tmp_path / "again.safetensors"
     assert main(["export", str(out), "--to", "safetensors", "--out", str(again)]) == 0
-    assert weights.read_passport(again) == passport
+    assert weights_file.read_passport(again) == passport
     assert all(torch.equal(value, state[name]) for name, value in load_file(again).items())
 
 
@@ -161,7 +161,7 @@ def test_an_imported_file_paints(tmp_path: Path) -> None:
     encoders = ["--vae", "tiny4", "--text-encoder", "tiny-clip"]
     arguments = ["import", str(tmp_path / "w.pt"), "--arch", str(tmp_path / "small.yaml")]
     assert main([*arguments, *encoders]) == 0
-    picture = Painter(str(tmp_path / "w")).paint(["a fox"], steps=2)
+    picture = Generator(str(tmp_path / "w")).generate(["a fox"], steps=2)
     assert picture.shape == (1, 64, 64, 3)
     assert picture.std() > 0
 

@@ -18,18 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.core.errors import SettingError
-from training.checkpoint.tensors import read_tensors, require_fit, require_numbers
-from training.checkpoint.weights_metadata import (
-    METADATA_KEY,
-    Passport,
-    file_hash,
-    find,
-    read_passport,
-)
 from training.network.dit import MicroDiT
 from training.objectives.denoiser import Denoiser
+from training.weights.tensors import read_tensors, require_fit, require_numbers
+from training.weights.weights_metadata import METADATA_KEY, Passport, file_hash, find, read_passport
 
-# Most of them of training.checkpoint.weights_metadata, which needs no torch.
+# Most of them of training.weights.weights_metadata, which needs no torch.
 __all__ = ["METADATA_KEY", "Passport", "file_hash", "find", "read_passport", "read_tensors"]
 
 #: Source -> what has to be said wherever pictures of its kind, or weights trained on it, appear.

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import main
-from pipeline.commands.prune import common, find
 from pipeline.core import process
 from pipeline.core.store import Store, temporary_name
+from pipeline.dropping.prune import common, find
 from pipeline.engine.plan import Choice
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.download import Download

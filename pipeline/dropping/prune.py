@@ -11,12 +11,12 @@ import json
 import re
 from dataclasses import dataclass, field
 
-from pipeline.commands.status import groups_of
 from pipeline.core import layout, process, summary, uploads
 from pipeline.core.commits import scan
 from pipeline.core.errors import BrokenShard, SettingError
 from pipeline.core.store import TEMPORARY, Entry, Store, size
 from pipeline.core.uploads import Upload
+from pipeline.engine.inventory import groups_of
 
 SHOWN = 3  # names of a group in the listing for people
 

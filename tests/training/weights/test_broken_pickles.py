@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from pipeline.core.errors import SettingError
-from tests.training.checkpoint.test_official import STATE, composer, refused, small
-from training.checkpoint import official, weights
+from tests.training.weights.test_official import STATE, composer, refused, small
 from training.convert import main
+from training.weights import official, weights_file
 
 MUTATIONS = 2000
 ALTERED = composer({name: torch.ones(2) for name in list(STATE)[:12]})  # small: many are read
@@ -125,7 +125,7 @@ def test_tied_tensors_are_written_apart(tmp_path: Path) -> None:
     tied = {"blocks.0.norm1.weight": TIED, "blocks.1.norm1.weight": TIED}
     torch.save(STATE | tied, tmp_path / "in.pt")
     assert main(["import", str(tmp_path / "in.pt"), *small(tmp_path)]) == 0
-    tensors, _ = weights.read(tmp_path / "in/model.safetensors")
+    tensors, _ = weights_file.read(tmp_path / "in/model.safetensors")
     assert all(torch.equal(tensors[name], TIED) for name in tied)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.core.errors import SettingError
-from training.checkpoint.weights_metadata import require_content
+from training.weights.weights_metadata import require_content
 
 
 def load(path: Path, types: Sequence[Any] = ()) -> Any:

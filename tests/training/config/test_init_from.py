@@ -16,16 +16,18 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.core.errors import SettingError
 from tests.checkout import ROOT
-from tests.training.checkpoint.test_official import Evil
 from tests.training.helpers.groups import Encoders, changed, make_encoders, make_source, settings
-from training.checkpoint import run_folder, weights
+from tests.training.weights.test_official import Evil
+from training.checkpoint import run_folder
 from training.config.load import load, resolve
+from training.config.plan import Plan, network_config
 from training.network.config import MODELS
 from training.objectives.edm import EDM
 from training.objectives.flow import Flow
 from training.run import trainer
-from training.run.preflight import Plan, check, network_config
+from training.run.preflight import check
 from training.train import main
+from training.weights import weights_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Composer's and streaming's own
 
@@ -39,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     encoders = make_encoders(folder / "encoders")
     make_source(folder / "data", encoders)
     make_source(folder / "data", encoders, resolution=128)
-    return settings(run_folder / "data", encoders, run_folder / "unset") | {"stages": STAGE}
+    return settings(folder / "data", encoders, folder / "unset") | {"stages": STAGE}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,7 @@ def test_content_decides_not_the_path(
     run_folder.check(plan_of(data, run, copy))
     tensors = load_file(copy)
     tensors["x_embedder.proj.bias"] += 1
-    weights.write(copy, tensors, weights.read_passport(trained / "model.safetensors"))
+    weights_file.write(copy, tensors, weights_file.read_passport(trained / "model.safetensors"))
     with pytest.raises(SettingError, match=r"begun with other settings \(init_from: \w+ -> \w+\)"):
         run_folder.check(plan_of(data, run, copy))
     path = tmp_path / "run.yaml"
@@ -171,14 +173,14 @@ def test_files_that_are_no_weights(
     assert not sign.exists()
     save_file(load_file(trained / "model.safetensors"), start)
     assert "no passport in it" in answer()
-    save_file({}, start, {weights.METADATA_KEY: "{}"})
+    save_file({}, start, {weights_file.METADATA_KEY: "{}"})
     assert "broken passport (run is missing)" in answer()
-    passport = weights.read_passport(trained / "model.safetensors")
+    passport = weights_file.read_passport(trained / "model.safetensors")
     tensors = load_file(trained / "model.safetensors")
     tensors["pos_embed"][0, 0, 0] = float("nan")
-    weights.write(start, tensors, passport)
+    weights_file.write(start, tensors, passport)
     assert "values of pos_embed are NaN or infinite" in answer()
-    weights.write(start, tensors | {"more": torch.zeros(1)}, passport)
+    weights_file.write(start, tensors | {"more": torch.zeros(1)}, passport)
     assert "more is (1,), expected missing" in answer()
     assert not (tmp_path / "run").exists()
 
@@ -204,7 +206,7 @@ def test_what_is_not_said_is_the_weights_own(
     with pytest.raises(SettingError, match=r"data.vae: missing(.|\n)*model: missing"):
         resolve(without(data, "vae"))
 
-    passport = weights.read_passport(trained / "model.safetensors")
+    passport = weights_file.read_passport(trained / "model.safetensors")
     fields = {"in_channels": 4, "caption_width": 16, "caption_length": 12, "input_size": 8}
     for network, model in (
         (MODELS["MicroDiT_XL_2"], {"arch": "MicroDiT_XL_2"}),
@@ -215,7 +217,7 @@ def test_what_is_not_said_is_the_weights_own(
             "objective": {"name": "flow", **asdict(Flow())},
         }
         flow = passport.model_copy(update=own)
-        weights.write(tmp_path / "start", {"x": torch.ones(1)}, flow)
+        weights_file.write(tmp_path / "start", {"x": torch.ones(1)}, flow)
         config = resolve(raw | {"init_from": str(tmp_path / "start")})
         assert model.items() <= config.model.model_dump().items()
         assert (config.objective, config.edm) == ("flow", None)
@@ -257,7 +259,7 @@ def test_shipped_settings_say_nothing_that_the_weights_say(
     own = check(load([str(yamls / file), *changes, "data.root=/nowhere"]), need_data=False)
     stage = own.config.stages[own.config.stage]
     network = network_config(own, stage)
-    passport = weights.Passport(
+    passport = weights_file.Passport(
         run="x",
         stage=own.config.stage,
         step=stage.steps,
@@ -275,7 +277,7 @@ def test_shipped_settings_say_nothing_that_the_weights_say(
         attribution=[],
         config={},
     )
-    weights.write(tmp_path / "start", {"x": torch.ones(1)}, passport)
+    weights_file.write(tmp_path / "start", {"x": torch.ones(1)}, passport)
     start = [f"init_from={tmp_path / 'start'}", "data.root=/nowhere"]
     plan = check(load([str(yamls / f"{name}.yaml"), *start]), need_data=False)
     assert plan.config.name == name

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.core.errors import SettingError
 from pipeline.core.location import located
 from pipeline.core.manifest import TextFacts, VaeFacts, mismatches
-from training.checkpoint import weights_metadata
+from training.config.plan import Plan
 from training.config.settings import Config
 from training.network.config import MODELS, DiTConfig
-
-if TYPE_CHECKING:
-    from training.run.preflight import Plan
+from training.weights import weights_metadata
 
 RESOLUTION = ("input_size", "pos_interp_scale")  # of DiTConfig; no weights depend on them
 GIVEN = (*RESOLUTION, "in_channels", "caption_width", "caption_length")  # by encoders and stage

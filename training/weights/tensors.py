@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.core.errors import SettingError
-from training.checkpoint.weights_metadata import require_content
 from training.network.config import DiTConfig
 from training.network.dit import MicroDiT
+from training.weights.weights_metadata import require_content
 
 Shape = tuple[int, ...]
 

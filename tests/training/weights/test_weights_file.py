@@ -15,8 +15,8 @@ from torch import Tensor
 from pipeline.core.errors import SettingError
 from tests.training.test_generate import run_folder
 from training import convert, generate, scores
-from training.checkpoint import weights
 from training.config.load import resolve
+from training.weights import weights_file
 
 Tensors = dict[str, Tensor]
 Damage = Callable[[Path, dict[str, Any], Tensors], None]
@@ -35,7 +35,7 @@ def passport(change: Callable[[dict[str, Any]], Any] | str) -> Damage:
         if not isinstance(change, str):
             found = change(record)
             text = json.dumps(record if found is None else found)
-        save_file(tensors, path, {weights.METADATA_KEY: text})
+        save_file(tensors, path, {weights_file.METADATA_KEY: text})
 
     return write
 
@@ -47,7 +47,7 @@ def model(**changes: Any) -> Damage:
 def tensors(change: Callable[[Tensors], Any]) -> Damage:
     def write(path: Path, record: dict[str, Any], own: Tensors) -> None:
         change(own)
-        save_file(own, path, {weights.METADATA_KEY: json.dumps(record)})
+        save_file(own, path, {weights_file.METADATA_KEY: json.dumps(record)})
 
     return write
 
@@ -138,7 +138,7 @@ def damaged(whole: Path, path: Path, damage: Damage) -> Path:
     path.mkdir()
     file = path / "model.safetensors"
     file.touch()
-    record = weights.read_passport(whole).model_dump(mode="json")
+    record = weights_file.read_passport(whole).model_dump(mode="json")
     record["config"]["data"] = {"sources": ["toy"], "split": "train", "root": "/nowhere"}
     damage(file, record, load_file(whole))
     return file

@@ -21,10 +21,10 @@ from torch.torch_version import TorchVersion
 
 from pipeline.core.errors import SettingError
 from pipeline.core.manifest import VaeFacts
-from training.checkpoint import safe_load
-from training.checkpoint.tensors import read_tensors, require_fit, shapes
 from training.network.config import MODELS, DiTConfig
 from training.network.layers import position_table
+from training.weights import safe_load
+from training.weights.tensors import read_tensors, require_fit, shapes
 
 PREFIX = "dit."  # of the network, in checkpoints of the official trainer and of this one
 BASE_GRID = 16  # patches along a side at 256 px, where positions have scale 1
