@@ -47,7 +47,7 @@ forward() {
     [[ -n "$pipeline" ]] || exit "$1"
     signalled=1
     # Until it runs its own program it is a copy of this script, in which a signal may get lost.
-    while cmp -s "/proc/$$/cmdline" "/proc/$pipeline/cmdline"; do sleep 0.01; done
+    while cmp -s "/proc/$$/cmdline" "/proc/$pipeline/cmdline"; do :; done
     kill -TERM "$pipeline" 2>/dev/null || true
 }
 cleanup() {
