@@ -26,7 +26,8 @@ from pipeline.engine.pool import Options
 from pipeline.engine.report import Report
 from pipeline.engine.runner import run
 from pipeline.sources.openmoji import BACKGROUNDS, STARTER, caption, render
-from pipeline.stages.encode import Encode, EncodeSettings
+from pipeline.stages.encode import Encode
+from pipeline.stages.encode_settings import EncodeSettings
 from pipeline.stages.encode_worker import EncodeWorker
 from pipeline.stages.images import write_images
 

@@ -12,15 +12,16 @@ from typing import Any
 
 from benchmarks.rows import REPEATS, Row
 from pipeline.core.catalog import Catalog
+from pipeline.core.stage import Stage
 from pipeline.core.store import Store
 from pipeline.engine.plan import plan
 from pipeline.engine.pool import Options
 from pipeline.engine.runner import run
 from pipeline.sources.openmoji import OpenMoji
-from pipeline.stages import Stage
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.download import Download
-from pipeline.stages.encode import Encode, EncodeSettings
+from pipeline.stages.encode import Encode
+from pipeline.stages.encode_settings import EncodeSettings
 
 SETTINGS = EncodeSettings("tiny4", "tiny-clip", (128,), "alt", "trimmed")
 

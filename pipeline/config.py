@@ -17,13 +17,14 @@ from pipeline.core.links import harmless
 from pipeline.core.location import Location, located
 from pipeline.core.nulls import instead_of_null
 from pipeline.core.rules import Rules
+from pipeline.core.stage import Stage
 from pipeline.core.text_files import read_yaml_text
 from pipeline.sources import SOURCES
-from pipeline.stages import STAGES, Stage
+from pipeline.stages import STAGES
 
 if TYPE_CHECKING:
     from pipeline.stages.download import Source
-    from pipeline.stages.encode import EncodeSettings
+    from pipeline.stages.encode_settings import EncodeSettings
 
 
 class CaptionConfig(BaseModel):
@@ -212,7 +213,7 @@ def build_stage(name: str, config: DataConfig, retry_failed: bool = False) -> St
 
 def encode_settings(config: EncodeConfig) -> EncodeSettings:
     """Raises SettingError for a value that is none of its choices."""
-    from pipeline.stages.encode import EncodeSettings
+    from pipeline.stages.encode_settings import EncodeSettings
 
     values = config.model_dump()
     for name in ("resolutions", "hashes"):

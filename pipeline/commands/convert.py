@@ -13,7 +13,7 @@ from pipeline.core.errors import SettingError
 
 if TYPE_CHECKING:
     from pipeline.config import EncodeConfig
-    from pipeline.stages import Stage
+    from pipeline.core.stage import Stage
 
 app = typer.Typer(
     help="The official MicroDiT code's single MDS: write it, read it. No encoder runs.", **OPTIONS

@@ -17,8 +17,8 @@ from pipeline.commands.typer_group import OPTIONS, path_option
 from pipeline.core.errors import SettingError
 
 if TYPE_CHECKING:
+    from pipeline.core.stage import Stage
     from pipeline.engine.report import Report
-    from pipeline.stages import Stage
 
 app = typer.Typer(help="Run a stage over the shards it has left to do.", **OPTIONS)
 
@@ -356,11 +356,12 @@ def run_stage(stage: Stage, root: str, common: Common, retry_failed: bool = Fals
     Raises:
         typer.Exit: a signal stopped it.
     """
+    from pipeline.commands.summary import summarise
     from pipeline.core.catalog import Catalog
     from pipeline.core.store import Store
     from pipeline.engine.plan import Choice, plan, preflight
     from pipeline.engine.pool import Options
-    from pipeline.engine.progress import Progress, summarise
+    from pipeline.engine.progress import Progress
     from pipeline.engine.runner import run
 
     quota = None if common.quota is None else parse_size(common.quota)

@@ -13,8 +13,8 @@ from pipeline.core.catalog import Catalog, Head
 from pipeline.core.commits import differences
 from pipeline.core.errors import SettingError
 from pipeline.core.samples import FAILED
+from pipeline.core.stage import Job, Stage
 from pipeline.core.store import Store, fingerprint, size
-from pipeline.stages import Job, Stage
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from pipeline.core import advance
 from pipeline.core.commits import Commit, read_commit
 from pipeline.core.errors import SettingError, StorageError, TooManyRejects
 from pipeline.core.limits import raise_open_files, require_shared_memory, usable_cpus
+from pipeline.core.stage import Job, Stage
 from pipeline.core.store import Store, fingerprint
 from pipeline.core.temporary import socket_folder
 from pipeline.engine.plan import Choice
 from pipeline.engine.report import Report
-from pipeline.stages import Job, Stage
 
 ATTEMPTS = 3  # of a shard, before it is reported as failed
 OPEN_ATTEMPTS = 12  # workers in a row that die before they have opened the stage

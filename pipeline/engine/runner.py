@@ -17,11 +17,11 @@ from pipeline.core import failures, lease
 from pipeline.core.catalog import Catalog
 from pipeline.core.errors import SettingError
 from pipeline.core.groups import publish
+from pipeline.core.stage import Shows, Stage
 from pipeline.core.store import Store
 from pipeline.engine.plan import Plan, plan, preflight
 from pipeline.engine.pool import Failure, Options, Pool, start
 from pipeline.engine.report import Report
-from pipeline.stages import Shows, Stage
 
 PUBLISH_EVERY_S = 600.0  # so that training can begin on what is there, days before the end
 

@@ -19,11 +19,11 @@ from pipeline.core.errors import BrokenShard, SettingError
 from pipeline.core.manifest import Manifest, OfficialManifest, mismatches, read_manifest
 from pipeline.core.mds import decode_shard, encode_shard, stored, unpack
 from pipeline.core.samples import InputShard, Reject
+from pipeline.core.stage import Job, Needs
 from pipeline.core.store import Store, fingerprint
 from pipeline.core.tables import from_parquet, key_rows
 from pipeline.official import layout
 from pipeline.official.groups import ExportSettings, Groups
-from pipeline.stages import Job, Needs
 
 VERSION = 1  # bump when the bytes this stage writes change
 BYTES_A_CAPTION = 1000  # with its entry in the parquet of keys, at most

@@ -21,12 +21,12 @@ from pipeline.core.commits import MAX_REJECT_RATE, Commit, write_shard
 from pipeline.core.errors import SettingError
 from pipeline.core.mds import encode_shard
 from pipeline.core.samples import InputShard, Reject
+from pipeline.core.stage import Job, Needs
 from pipeline.core.store import Store, fingerprint
 from pipeline.core.tables import key_rows
 from pipeline.encoders import text_facts, vae_facts
 from pipeline.official import layout as official
 from pipeline.official.dataset import read_index, read_rows
-from pipeline.stages import Job, Needs
 
 VERSION = 1  # bump when the bytes this stage writes change
 CROP = "center"  # of the official precompute step

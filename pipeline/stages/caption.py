@@ -18,10 +18,10 @@ from pipeline.core.catalog import Catalog
 from pipeline.core.commits import MAX_REJECT_RATE, Commit, plain_stem, read_file, write_shard
 from pipeline.core.errors import SettingError, nearest
 from pipeline.core.samples import InputShard, Reject
+from pipeline.core.stage import Job, Needs
 from pipeline.core.stopwatch import Stopwatch
 from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet, to_parquet
-from pipeline.stages import Job, Needs
 from pipeline.stages.caption_text import Refused, finish, parse_steps, summarise
 from pipeline.stages.images import images_commit, placed, read_images
 from pipeline.stages.looks import findings

@@ -19,9 +19,9 @@ from pipeline.core.images import once_misread, read_header
 from pipeline.core.mends import MENDS, METADATA
 from pipeline.core.rules import KEPT, Rules, keep, without_metadata
 from pipeline.core.samples import FAILED, ImageSample, InputShard, RawImage, Reject
+from pipeline.core.stage import Job, Needs
 from pipeline.core.store import Store, canonical_json, fingerprint
 from pipeline.sources.files import resumable
-from pipeline.stages import Job, Needs
 from pipeline.stages.images import stored_rejects, stored_samples, write_images
 from pipeline.stages.looks import Raw, findings, misread
 

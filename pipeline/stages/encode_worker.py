@@ -5,26 +5,24 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.core import layout
 from pipeline.core.advance import advance
 from pipeline.core.commits import Commit, read_file, write_shard
 from pipeline.core.mds import encode_shard, stored
 from pipeline.core.samples import Reject
+from pipeline.core.stage import Job
 from pipeline.core.stopwatch import Stopwatch
 from pipeline.core.store import Store, fingerprint
 from pipeline.core.tables import key_rows
 from pipeline.core.tars import read_samples
-from pipeline.stages import Job
 from pipeline.stages.captions import chosen_captions
+from pipeline.stages.encode_settings import Outputs
 from pipeline.stages.images import StoredImage, images_commit, placed, stored_image
 from pipeline.stages.latents import LatentMaker
 from pipeline.stages.latents import Made as MadeLatents
 from pipeline.stages.text import TextMaker, columns
-
-if TYPE_CHECKING:
-    from pipeline.stages.encode import Encode
 
 
 class EncodeWorker:
@@ -34,7 +32,7 @@ class EncodeWorker:
         threads: that decode beside the encoder; 0 does it in between, on the encoder's core.
     """
 
-    def __init__(self, stage: Encode, store: Store, threads: int = 0) -> None:
+    def __init__(self, stage: Outputs, store: Store, threads: int = 0) -> None:
         self.stage = stage
         self.settings = stage.settings
         self.store = store

@@ -10,7 +10,8 @@ import pytest
 from pipeline.core.store import Store
 from pipeline.sources.folder import Folder
 from pipeline.stages.download import Download
-from pipeline.stages.encode import Encode, EncodeSettings
+from pipeline.stages.encode import Encode
+from pipeline.stages.encode_settings import EncodeSettings
 from tests.pipeline.helpers.roots import run_here
 from tests.pipeline.helpers.upstream import picture
 from tests.training.test_generate import run_folder

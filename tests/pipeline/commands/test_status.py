@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.commands.sources import settings
+from pipeline.commands.summary import summarise
 from pipeline.core.catalog import Catalog
 from pipeline.engine.plan import Choice, plan, preflight
 from pipeline.engine.pool import Options
-from pipeline.engine.progress import Progress, summarise
+from pipeline.engine.progress import Progress
 from pipeline.engine.report import Report
 from pipeline.engine.runner import run
 from pipeline.sources import SOURCES

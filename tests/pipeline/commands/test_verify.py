@@ -30,7 +30,8 @@ from pipeline.core.tars import read_samples
 from pipeline.engine.plan import Choice
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.download import Download
-from pipeline.stages.encode import Encode, EncodeSettings
+from pipeline.stages.encode import Encode
+from pipeline.stages.encode_settings import EncodeSettings
 from tests.pipeline.helpers.command import call
 from tests.pipeline.helpers.roots import SETTINGS, mds_rows, pictures, run_here, tar_of, tree
 

@@ -26,7 +26,8 @@ from pipeline.encoders import find_text, find_vae
 from pipeline.engine.plan import Choice, plan, preflight
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.download import Download
-from pipeline.stages.encode import Encode, EncodeSettings
+from pipeline.stages.encode import Encode
+from pipeline.stages.encode_settings import EncodeSettings
 from tests.pipeline.helpers.roots import SETTINGS, run_here, tree
 from tests.pipeline.official.test_convert import encode as encode_two
 from tests.pipeline.official.test_convert import export

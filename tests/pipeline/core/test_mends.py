@@ -19,15 +19,16 @@ from pipeline.core.images import read_pixels
 from pipeline.core.mends import ANSWERS, COLOURS, METADATA, PIXELS, REASONS
 from pipeline.core.rules import Rules
 from pipeline.core.samples import ImageRef, ImageSample, InputShard, Reject
+from pipeline.core.stage import Stage
 from pipeline.core.store import Store, fingerprint
 from pipeline.core.tables import from_parquet, to_parquet
 from pipeline.dropping.purge_shard import purge_shard
 from pipeline.engine.plan import Choice, plan
 from pipeline.sources.folder import Folder
-from pipeline.stages import Stage
 from pipeline.stages.caption import _SCHEMA, CaptionStage
 from pipeline.stages.download import Download
-from pipeline.stages.encode import Encode, EncodeSettings
+from pipeline.stages.encode import Encode
+from pipeline.stages.encode_settings import EncodeSettings
 from pipeline.stages.images import stored_samples, write_images
 from tests.pipeline.core.test_colour import bmp32
 from tests.pipeline.core.test_images import blobs, encoded

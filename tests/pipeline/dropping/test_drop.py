@@ -22,7 +22,8 @@ from pipeline.engine.plan import Choice, plan
 from pipeline.sources.openmoji import OpenMoji
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.download import Download
-from pipeline.stages.encode import Encode, EncodeSettings
+from pipeline.stages.encode import Encode
+from pipeline.stages.encode_settings import EncodeSettings
 from pipeline.stages.images import write_images
 from tests.pipeline.helpers.command import call
 from tests.pipeline.helpers.roots import SETTINGS, mds_rows, pictures, run_here

@@ -29,7 +29,8 @@ from pipeline.sources.openmoji import OpenMoji
 from pipeline.sources.urls import Urls
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.download import Download
-from pipeline.stages.encode import Encode, EncodeSettings
+from pipeline.stages.encode import Encode
+from pipeline.stages.encode_settings import EncodeSettings
 from tests.pipeline.helpers import roots
 from tests.pipeline.helpers.command import call
 from tests.pipeline.helpers.roots import run_here, tree

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.core import store as store_module
+from pipeline.core.stage import Stage
 from pipeline.core.store import Store
 from pipeline.engine.plan import Choice
-from pipeline.stages import Stage
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.download import Download
-from pipeline.stages.encode import Encode, EncodeSettings
+from pipeline.stages.encode import Encode
+from pipeline.stages.encode_settings import EncodeSettings
 from tests.pipeline.helpers.roots import SETTINGS, remove_leftovers, run_here, tree
 
 CAPTION = CaptionStage("openmoji", "colour")

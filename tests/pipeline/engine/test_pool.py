@@ -18,12 +18,12 @@ from pipeline.core import failures
 from pipeline.core.catalog import Catalog
 from pipeline.core.commits import read_commits
 from pipeline.core.errors import SettingError
+from pipeline.core.stage import Needs
 from pipeline.core.store import Store
 from pipeline.engine.plan import Choice, plan, preflight
 from pipeline.engine.pool import ATTEMPTS, Options
 from pipeline.engine.report import Report
 from pipeline.engine.runner import run
-from pipeline.stages import Needs
 from tests.pipeline.helpers.cluster import RayCluster
 from tests.pipeline.helpers.tiny_stage import GROUP, TinyStage
 

@@ -11,12 +11,12 @@ from pipeline.core.catalog import Catalog
 from pipeline.core.groups import publish
 from pipeline.core.rules import keep
 from pipeline.core.samples import ImageSample
+from pipeline.core.stage import Stage
 from pipeline.core.store import Store
 from pipeline.core.tars import write_tar
 from pipeline.engine.plan import Choice, plan
 from pipeline.engine.runner import remove_leftovers as _remove_leftovers
 from pipeline.sources.openmoji import OpenMoji
-from pipeline.stages import Stage
 
 SETTINGS = OpenMoji(glyphs="avocado;rocket;red heart", backgrounds="blue,red", size=64)
 

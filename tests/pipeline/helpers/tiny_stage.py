@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pipeline.core.catalog import Catalog
 from pipeline.core.commits import Commit, write_shard
 from pipeline.core.samples import InputShard, Reject
+from pipeline.core.stage import Job, Needs
 from pipeline.core.store import Store
-from pipeline.stages import Job, Needs
 
 GROUP = "toy/tiny"
 

@@ -30,7 +30,8 @@ from pipeline.official import layout as official
 from pipeline.official.exporter import Export
 from pipeline.official.groups import ExportSettings
 from pipeline.official.importer import Import, ImportSettings
-from pipeline.stages.encode import Encode, EncodeSettings
+from pipeline.stages.encode import Encode
+from pipeline.stages.encode_settings import EncodeSettings
 from tests.pipeline.commands.test_cli import call
 from tests.pipeline.engine import test_crash_points as crash
 from tests.pipeline.helpers.roots import mds_rows, remove_leftovers, run_here, tree

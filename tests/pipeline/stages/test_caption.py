@@ -20,6 +20,7 @@ from PIL import Image
 from captioning import Caption
 from pipeline.cli import main
 from pipeline.commands.checks import Problem, Task, check
+from pipeline.commands.summary import summarise
 from pipeline.commands.verify import repair
 from pipeline.core import layout
 from pipeline.core.catalog import Catalog
@@ -29,7 +30,6 @@ from pipeline.core.samples import ImageRef, ImageSample, InputShard
 from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
 from pipeline.engine.plan import Choice, plan
-from pipeline.engine.progress import summarise
 from pipeline.engine.report import Report
 from pipeline.stages.caption import CaptionStage
 from pipeline.stages.caption_text import Refused, finish, parse_steps, words_up_to

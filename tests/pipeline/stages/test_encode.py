@@ -24,7 +24,8 @@ from pipeline.core.tables import from_parquet
 from pipeline.core.tokens import dequantise
 from pipeline.encoders import load_text, load_vae
 from pipeline.engine.plan import plan
-from pipeline.stages.encode import Encode, EncodeSettings
+from pipeline.stages.encode import Encode
+from pipeline.stages.encode_settings import EncodeSettings
 from pipeline.stages.encode_worker import EncodeWorker
 from pipeline.stages.images import read_images, write_images
 from tests.pipeline.helpers.roots import SETTINGS, mds_rows, run_here, tree

@@ -28,7 +28,8 @@ from pipeline.encoders import find_vae, load_text, load_vae
 from pipeline.engine.plan import Choice, plan
 from pipeline.sources.openmoji import BACKGROUNDS, render
 from pipeline.stages.download import Download
-from pipeline.stages.encode import Encode, EncodeSettings
+from pipeline.stages.encode import Encode
+from pipeline.stages.encode_settings import EncodeSettings
 from pipeline.stages.images import read_images, write_images
 from tests.pipeline.helpers.roots import SETTINGS, mds_rows, pictures, run_here, tree
 
