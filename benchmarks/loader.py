@@ -24,7 +24,7 @@ from pipeline.core.store import Store, fingerprint
 from pipeline.core.tables import to_parquet
 from pipeline.encoders import text_facts, vae_facts
 from training.config.load import resolve
-from training.config.plan import Plan
+from training.config.plan import TrainingPlan
 from training.data.loader import make_dataset, make_loader
 from training.run.preflight import check
 
@@ -42,7 +42,7 @@ def rows() -> Iterator[Row]:
             yield from _compare(plan, Path(name, "official"), latents)
 
 
-def _compare(plan: Plan, official: Path, latents: str) -> Iterator[Row]:
+def _compare(plan: TrainingPlan, official: Path, latents: str) -> Iterator[Row]:
     dataset = make_dataset(plan, "s")
     ours = make_loader(dataset, WORKERS, trimmed=True)
     plain = DataLoader(
@@ -113,7 +113,7 @@ def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.mds"))
 
 
-def write(root: Path, latents: str) -> Plan:
+def write(root: Path, latents: str) -> TrainingPlan:
     """Column groups and, once, the official layout with the same samples."""
     store = Store(root / latents)
     vae, encoder = vae_facts(VAE), text_facts(ENCODER)

@@ -68,13 +68,13 @@ def export(options: argparse.Namespace) -> str:
     if out.is_dir() or out.suffix != suffix:
         raise SettingError(f"--out {out}: give a file that ends in {suffix}")
     require_folder("--out", out.parent)
-    tensors, passport = weights_file.read(path)
+    tensors, metadata = weights_file.read(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     if options.to == "safetensors":
-        weights_file.write(out, tensors, passport)
+        weights_file.write(out, tensors, metadata)
         return f"{out}: {len(tensors)} tensors"
-    official.write(out, tensors, passport.network())
-    return f"{out}: {len(tensors)} tensors{official.shift_note(passport.vae)}"
+    official.write(out, tensors, metadata.network())
+    return f"{out}: {len(tensors)} tensors{official.shift_note(metadata.vae)}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,6 @@
 """Pictures from prompts: `python -m training.generate --checkpoint RUN --prompts … --out DIR`.
 
-A checkpoint alone is enough: its passport names the VAE and the text encoder, and how captions are
+A checkpoint alone is enough: its metadata names the VAE and the text encoder, and how captions are
 attended. Writes one PNG a prompt and sheet.png with all of them.
 """
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         prompts = read_prompts(options.prompts)
         check(options, ["steps", "batch_size"])
-        weights_metadata.read_passport(weights_metadata.find(options.checkpoint))
+        weights_metadata.read_metadata(weights_metadata.find(options.checkpoint))
         from training.generator import Generator
 
         generator = Generator(options.checkpoint, options.device)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         finally:
             report.close()
-        sheet = write(Path(options.out), prompts, pictures, generator.passport, vars(options))
+        sheet = write(Path(options.out), prompts, pictures, generator.metadata, vars(options))
     except SettingError as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
@@ -72,7 +72,7 @@ def write(
     out: Path,
     prompts: Sequence[str],
     pictures: np.ndarray,
-    passport: Any,
+    metadata: Any,
     options: dict[str, Any],
 ) -> Path:
     """One PNG a prompt, with what made it in its text fields, and the contact sheet; its path."""
@@ -82,14 +82,14 @@ def write(
     from training.observe.image_grid import contact_sheet
 
     out.mkdir(parents=True, exist_ok=True)
-    footer = "; ".join(passport.attribution)
+    footer = "; ".join(metadata.attribution)
     for index, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
         info = PngInfo()
         info.add_itxt("prompt", prompt)
         for name in ("guidance", "steps", "seed", "solver"):
             info.add_text(name, str(options[name]))
         info.add_text("index", str(index))
-        info.add_text("model", f"{passport.run}, stage {passport.stage}, step {passport.step}")
+        info.add_text("model", f"{metadata.run}, stage {metadata.stage}, step {metadata.step}")
         if footer:
             info.add_itxt("attribution", footer)
         Image.fromarray(picture).save(out / f"{index:04d}-{_slug(prompt)}.png", pnginfo=info)

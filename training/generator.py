@@ -24,7 +24,7 @@ class Generator:
     """A network with its VAE and text encoder, ready to generate.
 
     Args:
-        checkpoint: a run's folder, or a safetensors file with a passport.
+        checkpoint: a run's folder, or a safetensors file with metadata.
         device: where the network runs, e.g. "cuda"; default: a GPU where there is one.
 
     Raises:
@@ -35,12 +35,12 @@ class Generator:
     def __init__(self, checkpoint: str, device: str = "") -> None:
         path = weights_file.find(checkpoint)
         self.device = device_of(device)
-        self.network, self.passport = weights_file.load(path, str(self.device))
-        self.vae = load_vae(self.passport.vae.name)
-        self.text = load_text(self.passport.text_encoder.name)
+        self.network, self.metadata = weights_file.load(path, str(self.device))
+        self.vae = load_vae(self.metadata.vae.name)
+        self.text = load_text(self.metadata.text_encoder.name)
         for kind, expected, found in (
-            ("vae", self.passport.vae, self.vae.facts),
-            ("text encoder", self.passport.text_encoder, self.text.facts),
+            ("vae", self.metadata.vae, self.vae.facts),
+            ("text encoder", self.metadata.text_encoder, self.text.facts),
         ):
             # What was imported knows its encoders from the table, which has no hashes.
             unread = () if expected.weights_sha256 else ("weights_sha256",)
@@ -83,7 +83,7 @@ class Generator:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                     latents = sample(
                         self.network,
-                        self.passport.noise(),
+                        self.metadata.noise(),
                         self._noise(seed, indexes),
                         y,
                         y_mask,
@@ -102,14 +102,14 @@ class Generator:
                     f"--guidance {guidance:g}: the latents of pictures {indexes[0]} to "
                     f"{indexes[-1]} are no numbers; lower it, or take other weights"
                 )
-            pictures.append(self.vae.decode(to_raw(latents, self.passport.vae)))
+            pictures.append(self.vae.decode(to_raw(latents, self.metadata.vae)))
         return np.concatenate(pictures)
 
     def encode_prompts(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Captions as training saw them: y (B, L, W), and in a trimmed model their mask (B, L)."""
         tokens, lengths = self.text.encode(prompts)
         tokens = tokens.half().float()  # shards store float16
-        if self.passport.text == "full":
+        if self.metadata.text == "full":
             return tokens.to(self.device), None
         lengths = torch.as_tensor(lengths)
         tokens = tokens[:, : int(lengths.max())]

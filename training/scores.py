@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text_facts(options.judge)
         device_of(options.device)
         splits = read_examples(
-            weights_metadata.read_passport(weights_metadata.find(options.checkpoint)), options.root
+            weights_metadata.read_metadata(weights_metadata.find(options.checkpoint)), options.root
         )
         _require_choice(splits)
         from training.generator import Generator
@@ -140,7 +140,7 @@ def score(
             for example, picture in zip(chosen[:SHOWN], pictures, strict=False)
         ]
         footer = "; ".join(
-            ["left: generated, right: cached latent", *generator.passport.attribution]
+            ["left: generated, right: cached latent", *generator.metadata.attribution]
         )
         contact_sheet(cells, columns=6, footer=footer).save(out / f"{split}.png")
     return results
@@ -182,7 +182,7 @@ def distractors(caption: str, every: list[str]) -> list[str]:
     return others[:NEAREST] + rng.sample(rest, min(CANDIDATES - 1 - NEAREST, len(rest)))
 
 
-def read_examples(passport: Any, root: str = "") -> dict[str, list[Example]]:
+def read_examples(metadata: Any, root: str = "") -> dict[str, list[Example]]:
     """Split -> pictures of the first source that the model was trained on, training split first.
 
     Args:
@@ -197,17 +197,17 @@ def read_examples(passport: Any, root: str = "") -> dict[str, list[Example]]:
     from pipeline.core.published import read_index
     from pipeline.core.store import Store
 
-    data = passport.config.get("data")
+    data = metadata.config.get("data")
     if not (isinstance(data, dict) and data.get("sources")):
         raise SettingError(
-            f"weights of {passport.run}, stage {passport.stage}: they name no source (imported "
+            f"weights of {metadata.run}, stage {metadata.stage}: they name no source (imported "
             "ones know of none), so there are no captions to score; give weights of a run"
         )
     store = Store(root or data.get("root", layout.DEFAULT_ROOT))
     source, first = next(iter(data["sources"])), data.get("split", "train")
     # Settings of older runs do not name what was the only kind then.
     kind = data.get("latents", "mean"), data.get("crop", "center")
-    group = layout.latents_group(source, passport.vae.name, passport.resolution, *kind)
+    group = layout.latents_group(source, metadata.vae.name, metadata.resolution, *kind)
     try:
         shards = [(r["shard"], r["split"]) for _, r in read_index(store, group)]
     except FileNotFoundError as error:
@@ -222,7 +222,7 @@ def read_examples(passport: Any, root: str = "") -> dict[str, list[Example]]:
         seen[split] += 1
         if seen[split] <= MAX_SHARDS:
             commit = _commit(store, group, shard)
-            latents = _latents(store, group, commit, passport.vae.channels)
+            latents = _latents(store, group, commit, metadata.vae.channels)
             for key in dropped.get(shard, ()):
                 latents.pop(key, None)
             crop = kind[1], commit.inputs.get("seed") or 0

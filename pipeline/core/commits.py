@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.core import layout, mends, summary
 from pipeline.core.errors import BrokenShard, NewerSchema, TooManyRejects
 from pipeline.core.samples import InputShard, Reject
-from pipeline.core.staged_file import Spool
+from pipeline.core.staged_file import StagedFile
 from pipeline.core.store import Store, fingerprint, sha256
 
 SCHEMA = 2  # that is read; a record says 2 only where it has what 1 does not know
@@ -147,7 +147,7 @@ def write_shard(
     group: str,
     shard: InputShard,
     inputs: dict[str, Any],
-    files: Mapping[str, bytes | Spool],
+    files: Mapping[str, bytes | StagedFile],
     keys: list[str],
     rejects: list[Reject],
     index: dict[str, Any] | None = None,
@@ -221,14 +221,16 @@ def keys_hash(keys: list[str]) -> str:
     return sha256("\n".join(keys).encode())
 
 
-def _described(data: bytes | Spool) -> dict[str, Any]:
+def _described(data: bytes | StagedFile) -> dict[str, Any]:
     """What a commit says of a data file."""
-    if isinstance(data, Spool):
+    if isinstance(data, StagedFile):
         return {"bytes": data.bytes, "sha256": data.sha256()}
     return {"bytes": len(data), "sha256": sha256(data)}
 
 
-def plain_stem(store: Store, group: str, shard: str, files: Mapping[str, bytes | Spool]) -> str:
+def plain_stem(
+    store: Store, group: str, shard: str, files: Mapping[str, bytes | StagedFile]
+) -> str:
     """The stem of data files that other tools find by img2dataset's names: "00000".
 
     Those names are free for the first generation of a shard. A later one whose bytes differ gets a

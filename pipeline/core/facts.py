@@ -105,7 +105,7 @@ def _forget(old: dict[str, Any], new: dict[str, Any], names: tuple[str, ...]) ->
 
 
 def manifest(group: str, found: Iterable[str], counts: Mapping[str, Any]) -> Manifest:
-    """The passport of a group whose shards have these facts, which do not clash.
+    """The metadata of a group whose shards have these facts, which do not clash.
 
     What they state differently, such as where the same weights came from, is unknown: "".
     """

@@ -1,4 +1,4 @@
-"""The passport of a column group: what made it, and whether it is what a reader asks for."""
+"""The metadata of a column group: what made it, and whether it is what a reader asks for."""
 
 from __future__ import annotations
 

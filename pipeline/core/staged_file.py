@@ -58,7 +58,7 @@ def scratch_folder(name: str) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix=temporary_name(name), dir=scratch())
 
 
-class Spool:
+class StagedFile:
     """What is written so far: its size and hash, and the file that holds it."""
 
     def __init__(self, store: Store, folder: str, path: Path) -> None:
@@ -87,7 +87,7 @@ class Spool:
 
 
 @contextlib.contextmanager
-def spool(store: Store, folder: str) -> Iterator[Spool]:
+def staged_file(store: Store, folder: str) -> Iterator[StagedFile]:
     """A file in the making; `store.place` gives it its name, or it is gone when the block ends.
 
     On a local root it lies where it will stay, so that naming it costs nothing.
@@ -100,7 +100,7 @@ def spool(store: Store, folder: str) -> Iterator[Spool]:
         home = scratch()
     path = home / temporary_name("spool")
     with store.explained(folder, "write"):
-        made = Spool(store, folder, path)
+        made = StagedFile(store, folder, path)
     try:
         yield made
     finally:

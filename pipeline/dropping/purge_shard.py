@@ -29,7 +29,7 @@ from pipeline.core.commits import (
 from pipeline.core.errors import BrokenShard
 from pipeline.core.mds import decode_shard, encode_shard, stored, unpack
 from pipeline.core.samples import FAILED
-from pipeline.core.staged_file import Spool, spool
+from pipeline.core.staged_file import StagedFile, staged_file
 from pipeline.core.store import Store, fingerprint, sha256
 from pipeline.core.tables import from_parquet, to_parquet
 from pipeline.core.tars import read_samples, write_tar
@@ -95,7 +95,7 @@ def _copied(
 class _Content:
     """What a shard is to hold."""
 
-    files: dict[str, bytes | Spool]
+    files: dict[str, bytes | StagedFile]
     keys: list[str]
     index: dict[str, Any] | None = None
     counters: dict[str, int] | None = None
@@ -154,7 +154,7 @@ class _Copy:
     def images(self) -> _Content:
         """A tar, a parquet and img2dataset's statistics."""
         keys: list[str] = []
-        tar = self.stack.enter_context(spool(self.store, self.group))
+        tar = self.stack.enter_context(staged_file(self.store, self.group))
 
         def members() -> Iterator[tuple[str, bytes]]:
             data = read_file(self.store, self.group, self.old, ".tar")
@@ -185,7 +185,7 @@ class _Copy:
         table = self._table()
         rows = table["row"].to_numpy()
         used = np.unique(rows)
-        files: dict[str, bytes | Spool] = {}
+        files: dict[str, bytes | StagedFile] = {}
         entry, old = None, self.old.index
         if len(used):
             if old is None:

@@ -23,7 +23,7 @@ from pipeline.core.commits import (
 from pipeline.core.errors import BrokenShard
 from pipeline.core.rules import readable
 from pipeline.core.samples import FAILED, ImageRef, ImageSample, InputShard, Reject
-from pipeline.core.staged_file import spool
+from pipeline.core.staged_file import staged_file
 from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet, to_parquet
 from pipeline.core.tars import read_samples, write_tar
@@ -76,7 +76,7 @@ def write_images(
             yield f"{item.ref.key}.txt", item.ref.caption.encode()
             yield f"{item.ref.key}.json", json.dumps(row, sort_keys=True).encode()
 
-    with spool(store, group) as tar:
+    with staged_file(store, group) as tar:
         write_tar(cast(IO[bytes], tar), members())
         tar.close()
         rows.sort(key=lambda row: row["key"])

@@ -28,13 +28,15 @@ from training.weights import weights_file
 PROMPTS = ["avocado on a blue background", "rocket", "rocket"]
 
 
-def passport_of(config: DiTConfig, text: Literal["full", "trimmed"]) -> weights_file.Passport:
+def metadata_of(
+    config: DiTConfig, text: Literal["full", "trimmed"]
+) -> weights_file.WeightsMetadata:
     vae, encoder = SHIPPED.facts()
     common: dict[str, Any] = {"source": "openmoji", "dtype": "float16"}
     latents = LatentsManifest(**common, vae=vae, resolution=64, crop="center", latents="mean")
     captions = TextManifest(**common, text_encoder=encoder, text=text, captions="alt")
     network = MicroDiT(config)
-    return weights_file.Passport(
+    return weights_file.WeightsMetadata(
         run="toy",
         stage="full",
         step=5,
@@ -75,7 +77,7 @@ def run_folder(folder: Path, mode: Literal["full", "trimmed"]) -> Path:
         parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     folder.mkdir(parents=True)
     weights_file.write(
-        folder / "model.safetensors", network.state_dict(), passport_of(config, mode)
+        folder / "model.safetensors", network.state_dict(), metadata_of(config, mode)
     )
     return folder
 
@@ -86,13 +88,13 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def test_weights_round_trip(checkpoint: Path, tmp_path: Path) -> None:
-    network, passport = weights_file.load(checkpoint / "model.safetensors")
-    assert passport.noise() == EDM()
-    assert passport.attribution == ["Trained on pictures of OpenMoji (openmoji.org), CC BY-SA 4.0"]
+    network, metadata = weights_file.load(checkpoint / "model.safetensors")
+    assert metadata.noise() == EDM()
+    assert metadata.attribution == ["Trained on pictures of OpenMoji (openmoji.org), CC BY-SA 4.0"]
     tensors = {**network.state_dict(), "x_embedder.proj.bias": torch.full((32,), 3.0)}
-    weights_file.write(tmp_path / "again.safetensors", tensors, passport)
+    weights_file.write(tmp_path / "again.safetensors", tensors, metadata)
     again, other = weights_file.load(tmp_path / "again.safetensors")
-    assert other == passport
+    assert other == metadata
     for name, expected in tensors.items():
         assert torch.equal(again.state_dict()[name], expected), name
     assert [path.name for path in tmp_path.iterdir()] == ["again.safetensors"]
@@ -100,24 +102,24 @@ def test_weights_round_trip(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_weights_from_before_there_were_objectives(checkpoint: Path, tmp_path: Path) -> None:
     path = checkpoint / "model.safetensors"
-    record = weights_file.read_passport(path).model_dump(mode="json")
+    record = weights_file.read_metadata(path).model_dump(mode="json")
     del record["objective"]
     edm = {"sigma_data": 0.7, "sigma_min": 0.01, "sigma_max": 40.0, "p_mean": 0.0, "p_std": 0.6}
     old = record | {"schema_version": 1, "edm": edm}
     save_file(
         load_file(path), tmp_path / "old.safetensors", {weights_file.METADATA_KEY: json.dumps(old)}
     )
-    _, passport = weights_file.load(tmp_path / "old.safetensors")
-    assert passport.noise() == EDM(**edm)
-    assert passport.ema == 0.9
+    _, metadata = weights_file.load(tmp_path / "old.safetensors")
+    assert metadata.noise() == EDM(**edm)
+    assert metadata.ema == 0.9
 
 
-def test_every_objective_is_in_the_passport(checkpoint: Path, tmp_path: Path) -> None:
-    network, passport = weights_file.load(checkpoint / "model.safetensors")
+def test_every_objective_is_in_the_metadata(checkpoint: Path, tmp_path: Path) -> None:
+    network, metadata = weights_file.load(checkpoint / "model.safetensors")
     flow = Flow(logit_mean=0.25, shift=2.0)
-    other = passport.model_copy(update=weights_file.facts(network, flow))
+    other = metadata.model_copy(update=weights_file.facts(network, flow))
     weights_file.write(tmp_path / "model.safetensors", network.state_dict(), other)
-    assert weights_file.read_passport(tmp_path / "model.safetensors").noise() == flow
+    assert weights_file.read_metadata(tmp_path / "model.safetensors").noise() == flow
 
 
 def test_pictures_on_disk(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -159,9 +161,9 @@ def test_picture_is_a_function_of_seed_and_place(checkpoint: Path) -> None:
 
 def test_encoders_must_be_those_of_training(checkpoint: Path, tmp_path: Path) -> None:
     tensors = load_file(checkpoint / "model.safetensors")
-    passport = weights_file.read_passport(checkpoint / "model.safetensors")
-    vae = passport.vae.model_copy(update={"weights_sha256": "ab", "scale": 0.5})
-    changed = passport.model_copy(update={"vae": vae})
+    metadata = weights_file.read_metadata(checkpoint / "model.safetensors")
+    vae = metadata.vae.model_copy(update={"weights_sha256": "ab", "scale": 0.5})
+    changed = metadata.model_copy(update={"vae": vae})
     path = tmp_path / "model.safetensors"
     save_file(tensors, path, {weights_file.METADATA_KEY: changed.model_dump_json()})
     with pytest.raises(SettingError, match="vae tiny4 has changed: weights_sha256: expected ab"):
@@ -185,23 +187,23 @@ def test_unusable_checkpoints(
     assert "truncated" in answer()
     tensors = load_file(checkpoint / "model.safetensors")
     save_file(tensors, path)
-    assert "no passport" in answer()
-    record = weights_file.read_passport(checkpoint / "model.safetensors").model_dump(mode="json")
+    assert "no metadata" in answer()
+    record = weights_file.read_metadata(checkpoint / "model.safetensors").model_dump(mode="json")
     save_file(
         tensors, path, {weights_file.METADATA_KEY: json.dumps(record | {"schema_version": 99})}
     )
     assert "upgrade the package" in answer()
     save_file(tensors, path, {weights_file.METADATA_KEY: json.dumps(record | {"vae": 1})})
-    assert "broken passport (vae" in answer()
+    assert "broken metadata (vae" in answer()
     save_file(
         tensors,
         path,
         {weights_file.METADATA_KEY: json.dumps(record | {"objective": {"name": "x"}})},
     )
-    assert "broken passport (objective: name x: known are edm, flow" in answer()
+    assert "broken metadata (objective: name x: known are edm, flow" in answer()
     record["model"]["depth"] = 5
     save_file(tensors, path, {weights_file.METADATA_KEY: json.dumps(record)})
-    assert "not its passport's network: blocks.1.mlp.w1 is" in answer()
+    assert "not its metadata's network: blocks.1.mlp.w1 is" in answer()
 
 
 def test_prompts_from_files_and_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,9 +41,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def checkpoint(root: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = run_folder(tmp_path_factory.mktemp("scores") / "run", "trimmed") / "model.safetensors"
-    tensors, passport = weights_file.read(path)
+    tensors, metadata = weights_file.read(path)
     data = {"root": root, "sources": ["folder"], "split": "train"}
-    weights_file.write(path, tensors, passport.model_copy(update={"config": {"data": data}}))
+    weights_file.write(path, tensors, metadata.model_copy(update={"config": {"data": data}}))
     return path
 
 
@@ -55,7 +55,7 @@ def refused(capsys: pytest.CaptureFixture, code: int, *arguments: object) -> str
 
 
 def test_pictures_that_are_not_square_in_a_remote_root(checkpoint: Path, tmp_path: Path) -> None:
-    (examples,) = read_examples(weights_file.read_passport(checkpoint)).values()
+    (examples,) = read_examples(weights_file.read_metadata(checkpoint)).values()
     assert len(examples) == PICTURES
     assert {example.picture.shape for example in examples} == {(272, 272, 3), (270, 270, 3)}
     assert {example.latent.shape for example in examples} == {(4, 8, 8)}
@@ -105,10 +105,10 @@ def test_weights_that_name_no_source(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """As imported ones do."""
-    tensors, passport = weights_file.read(checkpoint)
+    tensors, metadata = weights_file.read(checkpoint)
     imported = {"imported": {"file": "x.pt", "sha256": "ab"}}
     path = tmp_path / "model.safetensors"
-    weights_file.write(path, tensors, passport.model_copy(update={"config": imported}))
+    weights_file.write(path, tensors, metadata.model_copy(update={"config": imported}))
     answer = refused(capsys, 2, "--checkpoint", tmp_path, "--out", tmp_path / "out")
     assert "they name no source" in answer
 
@@ -117,8 +117,8 @@ def test_roots_that_are_damaged(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """A copy of the remote root, with a file of it missing, cut or another."""
-    passport = weights_file.read_passport(checkpoint)
-    remote, store = Store(passport.config["data"]["root"]), Store(tmp_path / "root")
+    metadata = weights_file.read_metadata(checkpoint)
+    remote, store = Store(metadata.config["data"]["root"]), Store(tmp_path / "root")
     for entry in remote.walk(""):
         store.write(entry.path, remote.read(entry.path))
     arguments = ["--checkpoint", checkpoint, "--out", tmp_path / "out", "--root", store.root]

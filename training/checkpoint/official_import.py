@@ -1,4 +1,4 @@
-"""An official checkpoint -> weights with a passport, for `training.generate` and `init_from`."""
+"""An official checkpoint -> weights with metadata, for `training.generate` and `init_from`."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def import_file(path: Path, out: Path, arch: str, vae: str, text_encoder: str) -
             f"{path}: {config.in_channels} latent channels, of no released checkpoint; name the "
             "VAE with --vae"
         )
-    passport = _passport(path, config, image or vae_facts(name), text)
+    metadata = _metadata(path, config, image or vae_facts(name), text)
     out.mkdir(parents=True, exist_ok=True)
-    weights_file.write(out / "model.safetensors", found.tensors, passport)
+    weights_file.write(out / "model.safetensors", found.tensors, metadata)
     beside = f"; {found.ignored} tensors beside the network left out" if found.ignored else ""
     return (
-        f"{out / 'model.safetensors'}: {passport.resolution} px, vae {passport.vae.name}, text "
-        f"{passport.text_encoder.name}{beside}; see python -m training.generate --checkpoint {out}"
-        f"{official.shift_note(passport.vae)}"
+        f"{out / 'model.safetensors'}: {metadata.resolution} px, vae {metadata.vae.name}, text "
+        f"{metadata.text_encoder.name}{beside}; see python -m training.generate --checkpoint {out}"
+        f"{official.shift_note(metadata.vae)}"
     )
 
 
@@ -84,9 +84,9 @@ def architecture(arch: str) -> DiTConfig:
         raise SettingError(f"--arch {arch}: no usable section model: ({text})") from error
 
 
-def _passport(
+def _metadata(
     path: Path, config: DiTConfig, vae: VaeFacts, text: TextFacts
-) -> weights_file.Passport:
+) -> weights_file.WeightsMetadata:
     for what, option, own, facts, other in (
         ("latent channels", "--vae", config.in_channels, vae, vae.channels),
         ("token width", "--text-encoder", config.caption_width, text, text.width),
@@ -98,7 +98,7 @@ def _passport(
     config = dataclasses.replace(config, caption_length=text.length)
     with torch.device("meta"):
         network = MicroDiT(config)
-    return weights_file.Passport(
+    return weights_file.WeightsMetadata(
         run=path.stem,
         stage="imported",
         step=0,

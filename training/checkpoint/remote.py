@@ -20,7 +20,7 @@ from pipeline.core.errors import SettingError, StorageError
 from pipeline.core.store import Store
 from training.checkpoint import intact, run_folder
 from training.checkpoint.run_folder import MODEL, StageFolder
-from training.config.plan import Plan
+from training.config.plan import TrainingPlan
 
 RETRY_S = 30.0  # after the Store's own retries have failed
 LAST_TRIES = 3  # of each file, when the run has ended
@@ -29,7 +29,7 @@ _RECORDS = ("*.json", "*.jsonl")  # small files that a stage goes on writing
 _WEIGHTS = "*.safetensors"
 
 
-class Mirror:
+class RemoteCopy:
     """Copies files of a run's folder, in the order in which they are given, in a thread of its own.
 
     A checkpoint that a later one replaced before its turn came is left out. Used as a context: its
@@ -56,7 +56,7 @@ class Mirror:
         """Attempts that failed, whether or not a later one succeeded."""
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
 
-    def __enter__(self) -> Mirror:
+    def __enter__(self) -> RemoteCopy:
         if self._store is not None:
             for upload in uploads.unfinished(self._store, ""):  # of a start that was killed
                 uploads.abort(self._store, upload)
@@ -174,7 +174,7 @@ class Mirror:
             store.delete(f"{stage}/{name}")
 
 
-def fetch(plan: Plan) -> bool:
+def fetch(plan: TrainingPlan) -> bool:
     """Brings the run's folder to where its copy is, if that is further; whether it was.
 
     Raises:
@@ -240,7 +240,7 @@ def _position(names: dict[str, list[str]]) -> list[tuple[bool, str]]:
     return found
 
 
-def _whole(plan: Plan, name: str) -> list[str]:
+def _whole(plan: TrainingPlan, name: str) -> list[str]:
     """A stage's files in the run's folder that tell how far it is, without damaged ones."""
     stage = run_folder.stage_folder(plan, name)
     if stage.finished():
@@ -259,7 +259,7 @@ def _matching(names: list[str], *patterns: str) -> list[str]:
     return [name for name in sorted(names) if any(fnmatch(name, own) for own in patterns)]
 
 
-def _download(store: Store, plan: Plan, path: str, again: bool = False) -> None:
+def _download(store: Store, plan: TrainingPlan, path: str, again: bool = False) -> None:
     target = plan.config.run_folder() / path
     if not again and target.exists() and not _fault(target):
         return

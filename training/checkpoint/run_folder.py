@@ -7,7 +7,7 @@
     <stage>/loss.png                the finished stage's curves
     <stage>/samples/step-*.png      pictures painted on the way
     <stage>/rollbacks.json          how often the stage went back to a checkpoint, where it did
-    <stage>/model.safetensors       averaged weights of the finished stage, with their passport
+    <stage>/model.safetensors       averaged weights of the finished stage, with their metadata
     <stage>/ema-NAME.safetensors    further averages of them, e.g. ema-power-0.1
     <stage>/live.safetensors        the weights themselves, where an average was kept
     model.safetensors               of the last finished stage
@@ -30,7 +30,7 @@ from pipeline.core.errors import SettingError
 from pipeline.core.store import Store, fingerprint
 from training.checkpoint import intact
 from training.config import init_from
-from training.config.plan import Plan
+from training.config.plan import TrainingPlan
 from training.config.settings import Config
 from training.config.stage_settings import NOISE
 from training.network.config import MODELS, DiTConfig
@@ -146,24 +146,24 @@ class StageFolder:
         return sorted(self.path.glob("step-*.pt"))
 
 
-def stage_folder(plan: Plan, name: str) -> StageFolder:
+def stage_folder(plan: TrainingPlan, name: str) -> StageFolder:
     return StageFolder(plan.config.run_folder() / name)
 
 
-def stage_before(plan: Plan, name: str) -> StageFolder | None:
+def stage_before(plan: TrainingPlan, name: str) -> StageFolder | None:
     """Of the stage whose weights this one begins with; None for the first."""
     names = list(plan.config.stages)
     place = names.index(name)
     return stage_folder(plan, names[place - 1]) if place else None
 
 
-def unfinished(plan: Plan) -> list[str]:
+def unfinished(plan: TrainingPlan) -> list[str]:
     """The stages that are left to run, in order; of one that is asked for, itself."""
     wanted = [plan.config.stage] if plan.config.stage else plan.config.stages
     return [name for name in wanted if not stage_folder(plan, name).finished()]
 
 
-def link_last(plan: Plan) -> None:
+def link_last(plan: TrainingPlan) -> None:
     """The run's weights are those of its last finished stage, also where a kill came between."""
     finished = [
         f for f in (stage_folder(plan, name) for name in plan.config.stages) if f.finished()
@@ -186,7 +186,7 @@ def settings_record(data: bytes, where: object) -> dict[str, Any]:
     return found
 
 
-def check_whole(plan: Plan, say: Callable[[str], None]) -> None:
+def check_whole(plan: TrainingPlan, say: Callable[[str], None]) -> None:
     """Looks whether the files that the run goes on from are whole. With `checkpoint.skip_damaged` a
     damaged checkpoint is set aside, and the one before it takes its place.
 
@@ -219,7 +219,9 @@ def check_whole(plan: Plan, say: Callable[[str], None]) -> None:
                 )
 
 
-def _set_aside(plan: Plan, checkpoints: list[Path], fault: str, say: Callable[[str], None]) -> None:
+def _set_aside(
+    plan: TrainingPlan, checkpoints: list[Path], fault: str, say: Callable[[str], None]
+) -> None:
     path = checkpoints[-1]
     aside = path.with_name(f"{path.name}.damaged")
     way = f"the one before it is {checkpoints[-2]}" if checkpoints[1:] else "none is before it"
@@ -233,7 +235,7 @@ def _set_aside(plan: Plan, checkpoints: list[Path], fault: str, say: Callable[[s
     say(f"{path}: {fault}; {way}, so the stage goes on from {start}, and this is now {aside.name}")
 
 
-def check(plan: Plan) -> None:
+def check(plan: TrainingPlan) -> None:
     """Refuses to go on with, or to skip, a stage that was begun with other settings, and to go on
     with one whose beginnings, the weights of the stage before, are gone or others.
 
@@ -274,14 +276,14 @@ def _check_place(path: Path) -> None:
         raise SettingError(f"folder {path}: is a file; choose another (folder=runs/NAME)")
 
 
-def begun_with(plan: Plan) -> dict[str, dict[str, Any]]:
+def begun_with(plan: TrainingPlan) -> dict[str, dict[str, Any]]:
     """Stage -> what it was begun with, where that is recorded."""
     records = {name: stage_folder(plan, name).begun_with() for name in plan.config.stages}
     return {name: record for name, record in records.items() if record is not None}
 
 
 def changes(
-    plan: Plan, name: str, begun: dict[str, Any], records: dict[str, dict[str, Any]]
+    plan: TrainingPlan, name: str, begun: dict[str, Any], records: dict[str, dict[str, Any]]
 ) -> list[str]:
     """In which settings a stage differs from those that it was begun with, as recorded.
 
@@ -299,7 +301,7 @@ def changes(
     return differences(settings, now, _stated(plan, name, now))
 
 
-def begin(plan: Plan, name: str) -> str:
+def begin(plan: TrainingPlan, name: str) -> str:
     """Records what a stage is begun with, unless it goes on from a checkpoint: then that stands.
 
     Returns:
@@ -337,7 +339,9 @@ def _check_beginnings(before: StageFolder, folder: StageFolder) -> None:
         )
 
 
-def decisive_settings(plan: Plan, name: str, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def decisive_settings(
+    plan: TrainingPlan, name: str, records: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     """What decides a stage's result. Not: where data lies, workers, logging, saving, precision, nor
     the guard, which is wanted where a stage that was begun is in trouble.
 
@@ -371,7 +375,7 @@ def decisive_settings(plan: Plan, name: str, records: dict[str, dict[str, Any]])
     }
 
 
-def _stated(plan: Plan, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+def _stated(plan: TrainingPlan, name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Those of a stage's decisive settings that are not their defaults."""
     config, stage, source = plan.config, plan.config.stages[name], plan.data[name][0]
     noise, base = NOISE[config.objective], _sizes(config, own=False)

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.core.errors import SettingError
 from pipeline.core.location import located
 from pipeline.core.manifest import TextFacts, VaeFacts, mismatches
-from training.config.plan import Plan
+from training.config.plan import TrainingPlan
 from training.config.settings import Config
 from training.network.config import MODELS, DiTConfig
 from training.weights import weights_metadata
@@ -33,18 +33,18 @@ def completed(raw: dict[str, Any]) -> dict[str, Any]:
     start = raw.get("init_from")
     if not (isinstance(start, str) and start):
         return raw
-    passport, raw = _passport(located(start)), dict(raw)
+    metadata, raw = _metadata(located(start)), dict(raw)
     own = {
-        "vae": passport.vae.name,
-        "text_encoder": passport.text_encoder.name,
-        "text": passport.text,
+        "vae": metadata.vae.name,
+        "text_encoder": metadata.text_encoder.name,
+        "text": metadata.text,
     }
     _fill(raw, "data", own)
     model = raw.get("model")
     if not (isinstance(model, dict) and model.get("arch")):
-        _fill(raw, "model", _sizes(passport.network()))
-    if raw.setdefault("objective", passport.objective["name"]) == "edm":
-        scale = passport.objective.get("sigma_data")
+        _fill(raw, "model", _sizes(metadata.network()))
+    if raw.setdefault("objective", metadata.objective["name"]) == "edm":
+        scale = metadata.objective.get("sigma_data")
         _fill(raw, "edm", {} if scale is None else {"sigma_data": scale})
     return raw
 
@@ -79,13 +79,13 @@ def complete(config: Config) -> Config:
     """
     if not config.init_from or config.model.base_resolution is not None:
         return config
-    passport = _passport(config.init_from)
-    base = round(passport.resolution / passport.network().pos_interp_scale)
+    metadata = _metadata(config.init_from)
+    base = round(metadata.resolution / metadata.network().pos_interp_scale)
     model = config.model.model_copy(update={"base_resolution": base})
     return config.model_copy(update={"model": model})
 
 
-def check(plan: Plan, network: DiTConfig) -> None:
+def check(plan: TrainingPlan, network: DiTConfig) -> None:
     """That the weights are of this run's network, encoders, text mode and noise scale. The data is
     not looked at: see `check_encoders`.
 
@@ -98,21 +98,21 @@ def check(plan: Plan, network: DiTConfig) -> None:
     config = plan.config
     if not config.init_from:
         return
-    passport, where = _passport(config.init_from), f"init_from={config.init_from}"
+    metadata, where = _metadata(config.init_from), f"init_from={config.init_from}"
     # The same weights may have another name there.
-    _same_encoders(where, passport, plan.vae, plan.text, ("name", "weights_sha256"))
+    _same_encoders(where, metadata, plan.vae, plan.text, ("name", "weights_sha256"))
     pairs: list[tuple[str, Any, Any]] = [
-        ("data.text", config.data.text, passport.text),
-        ("objective", config.objective, passport.objective["name"]),
+        ("data.text", config.data.text, metadata.text),
+        ("objective", config.objective, metadata.objective["name"]),
     ]
     if config.edm is not None:
-        theirs = passport.objective.get("sigma_data")
+        theirs = metadata.objective.get("sigma_data")
         pairs.append(("edm.sigma_data", config.edm.sigma_data, theirs))
     for key, own, found in pairs:
         if own != found:
             raise SettingError(f"{key}={own}: {where} was trained with {found}; set {key}={found}")
     for field in dataclasses.fields(network):
-        own, found = getattr(network, field.name), getattr(passport.network(), field.name)
+        own, found = getattr(network, field.name), getattr(metadata.network(), field.name)
         if field.name not in RESOLUTION and own != found:
             raise SettingError(
                 f"{where}: weights of another architecture ({field.name}: {found}, this run's "
@@ -120,7 +120,7 @@ def check(plan: Plan, network: DiTConfig) -> None:
             )
 
 
-def check_encoders(plan: Plan) -> None:
+def check_encoders(plan: TrainingPlan) -> None:
     """That the weights are of the very encoders that made the shards.
 
     Raises:
@@ -129,19 +129,19 @@ def check_encoders(plan: Plan) -> None:
     config = plan.config
     if config.init_from:
         where = f"init_from={config.init_from}"
-        _same_encoders(where, _passport(config.init_from), *_facts(plan))
+        _same_encoders(where, _metadata(config.init_from), *_facts(plan))
 
 
 def _same_encoders(
     where: str,
-    passport: weights_metadata.Passport,
+    metadata: weights_metadata.WeightsMetadata,
     vae: VaeFacts,
     text: TextFacts,
     ignore: tuple[str, ...] = (),
 ) -> None:
     for kind, own, found in (
-        ("vae", vae, passport.vae),
-        ("text_encoder", text, passport.text_encoder),
+        ("vae", vae, metadata.vae),
+        ("text_encoder", text, metadata.text_encoder),
     ):
         lines = _differences(own, found, ignore)
         if lines:
@@ -167,9 +167,9 @@ def _path(start: str) -> Path:
         raise SettingError(str(error).replace("checkpoint ", "init_from=", 1)) from error
 
 
-def _passport(start: str) -> weights_metadata.Passport:
+def _metadata(start: str) -> weights_metadata.WeightsMetadata:
     try:
-        return weights_metadata.read_passport(_path(start))
+        return weights_metadata.read_metadata(_path(start))
     except SettingError as error:
         text = str(error).removeprefix(f"init_from={start}: ").removeprefix(f"{start}: ")
         raise SettingError(f"init_from={start}: {text}") from error
@@ -180,7 +180,7 @@ def content_hash(config: Config) -> str:
     return weights_metadata.file_hash(path(config))
 
 
-def _facts(plan: Plan) -> tuple[VaeFacts, TextFacts]:
+def _facts(plan: TrainingPlan) -> tuple[VaeFacts, TextFacts]:
     """With the weights' hashes, where there are shards to tell them."""
     for sources in plan.data.values():
         return sources[0].latents.vae, sources[0].text.text_encoder

@@ -18,7 +18,7 @@ from pipeline.core.text_files import read_yaml_text
 from pipeline.core.yaml12 import parse, parse_arguments
 from training.config import init_from
 from training.config.settings import Config
-from training.config.stage_settings import NOISE, Section, Stage
+from training.config.stage_settings import NOISE, Section, StageSettings
 from training.masking.ratio import RatioSchedule
 
 
@@ -56,7 +56,7 @@ def resolve(raw: dict[str, Any]) -> Config:
     if not stages:
         raise SettingError("stages: missing; name at least one, e.g. stages: {full: {steps: 1000}}")
     try:
-        Stage.model_validate(defaults)
+        StageSettings.model_validate(defaults)
     except ValidationError as error:
         # Only a stage, not the defaults, has to be complete and consistent.
         wrong = [e for e in error.errors() if e["type"] not in ("missing", "value_error")]
@@ -176,9 +176,9 @@ def _line(error: ErrorDetails, prefix: list[str]) -> str:
 
 def _instead_of_null(path: list[str]) -> str:
     if path[0] == "defaults":
-        return instead_of_null(Stage, path[1:])
+        return instead_of_null(StageSettings, path[1:])
     if path[0] == "stages":
-        return instead_of_null(Stage, path[2:])
+        return instead_of_null(StageSettings, path[2:])
     return instead_of_null(Config, path)
 
 

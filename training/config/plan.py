@@ -12,7 +12,7 @@ from pipeline.core import layout
 from pipeline.core.errors import SettingError
 from pipeline.core.manifest import LatentsManifest, TextFacts, TextManifest, VaeFacts
 from training.config.settings import Config
-from training.config.stage_settings import Stage
+from training.config.stage_settings import StageSettings
 from training.network.config import MODELS, DiTConfig
 
 PATCH_SIZE = 2  # of every network of the paper
@@ -23,7 +23,7 @@ class MissingData(SettingError):
 
 
 @dataclass(frozen=True)
-class Source:
+class TrainingSource:
     """One source's two column groups at one resolution, of the wanted split."""
 
     name: str
@@ -43,13 +43,13 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """A config whose encoders, sizes and (where `data` is filled) shards are known to fit."""
 
     config: Config
     vae: VaeFacts
     text: TextFacts
-    data: dict[str, list[Source]]  # stage -> its sources
+    data: dict[str, list[TrainingSource]]  # stage -> its sources
 
     def shares(self, name: str) -> list[float]:
         """How much of an epoch of this stage each of its sources is; their sum is 1."""
@@ -57,13 +57,13 @@ class Plan:
         weights = [asked[s.name] if isinstance(asked, dict) else s.samples for s in sources]
         return [weight / sum(weights) for weight in weights]
 
-    def latent_side(self, stage: Stage) -> int:
+    def latent_side(self, stage: StageSettings) -> int:
         return stage.resolution // self.vae.downsample
 
     def patch_size(self) -> int:
         return self.config.model.patch_size or PATCH_SIZE
 
-    def network(self, stage: Stage) -> dict[str, Any]:
+    def network(self, stage: StageSettings) -> dict[str, Any]:
         """Fields of DiTConfig that this run sets at this stage; the others are the arch's own."""
         return {
             **self.config.model.sizes(),
@@ -75,7 +75,7 @@ class Plan:
         }
 
 
-def network_config(plan: Plan, stage: Stage) -> DiTConfig:
+def network_config(plan: TrainingPlan, stage: StageSettings) -> DiTConfig:
     """The network of a stage.
 
     Raises:

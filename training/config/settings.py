@@ -25,7 +25,7 @@ from training.config.stage_settings import (
     Section,
     Share,
     Sources,
-    Stage,
+    StageSettings,
 )
 from training.network.config import FeedForward
 
@@ -77,7 +77,7 @@ class Data(Section):
         return self.captions if isinstance(self.captions, str) else self.captions.get(source, "alt")
 
     def all_captions(self) -> str:
-        """As one line, for a passport: "alt", or "alt; sa1b: llava-1.5-7b"."""
+        """As one line, for metadata: "alt", or "alt; sa1b: llava-1.5-7b"."""
         if isinstance(self.captions, str):
             return self.captions
         return "; ".join(["alt", *(f"{source}: {own}" for source, own in self.captions.items())])
@@ -218,7 +218,7 @@ class Config(Section):
     samples: Samples = Samples()
     guard: Guard = Guard()
     estimate: Estimate = Estimate()
-    stages: dict[Annotated[str, Field(pattern=STAGE_NAME)], Stage]
+    stages: dict[Annotated[str, Field(pattern=STAGE_NAME)], StageSettings]
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -251,7 +251,7 @@ class Config(Section):
                 f"folder {self.folder}: a run trains in a local folder; give checkpoint.remote the "
                 "URL, and copies go there"
             )
-        if not self.folder.isprintable():  # it goes into records, messages and passports
+        if not self.folder.isprintable():  # it goes into records, messages and metadata
             raise ValueError(f"folder {self.folder!r}: has characters that cannot be shown")
         for name in self.stages:
             if name in FILES:
@@ -265,7 +265,7 @@ class Config(Section):
             return f"objective {self.objective} needs a number; its default is {own[key]:g}"
         return f"not read by objective {self.objective}, which reads {', '.join(own)}"
 
-    def objective_settings(self, stage: Stage) -> dict[str, float]:
+    def objective_settings(self, stage: StageSettings) -> dict[str, float]:
         """The fields of the objective's dataclass at a stage."""
         shared = self.edm.model_dump() if self.edm else {}
         return shared | {key: getattr(stage, key) for key in NOISE[self.objective]}
@@ -277,6 +277,6 @@ class Config(Section):
         """The resolution at which position coordinates are patch indices, unscaled."""
         return self.model.base_resolution or next(iter(self.stages.values())).resolution
 
-    def sources_of(self, stage: Stage) -> list[str] | dict[str, float]:
+    def sources_of(self, stage: StageSettings) -> list[str] | dict[str, float]:
         """The names of a stage's sources, or their weights by name."""
         return stage.sources or self.data.sources

@@ -91,7 +91,7 @@ def _optional(kind: Any) -> Any:
 
 
 SCHEME_SETTINGS = stage_settings()
-# Those of all masking schemes; `Stage.scheme` says which belong together.
+# Those of all masking schemes; `StageSettings.scheme` says which belong together.
 _SchemeSettings = create_model(
     "_SchemeSettings",
     __base__=Section,
@@ -99,7 +99,7 @@ _SchemeSettings = create_model(
 )
 
 
-class Stage(_SchemeSettings):  # pyright: ignore
+class StageSettings(_SchemeSettings):  # pyright: ignore
     """One stretch of training with its own loader and schedule. Steps count from its own start."""
 
     steps: Count
@@ -125,7 +125,7 @@ class Stage(_SchemeSettings):  # pyright: ignore
     save_every: Count = 1000  # steps between checkpoints
 
     @model_validator(mode="after")
-    def _check(self) -> Stage:
+    def _check(self) -> StageSettings:
         self.scheme()
         ratio = self.mask_ratio
         if self.mask == "none" and ratio:

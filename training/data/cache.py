@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.core.store import TEMPORARY, Store
-from training.config.plan import Plan
+from training.config.plan import TrainingPlan
 
 LOCKS = 64  # files that are fetched at the same time, at most
 PART = ".part"  # a file that is being fetched, or the room that is kept for it
@@ -108,7 +108,7 @@ class Cache:
 _LOCK_FOLDER = ".locks"
 
 
-def open_cache(plan: Plan) -> Cache:
+def open_cache(plan: TrainingPlan) -> Cache:
     """The cache of a run."""
     data = plan.config.data
     folder = Path(data.cache or plan.config.run_folder() / "cache").absolute()

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pipeline.core.errors import SettingError
 from pipeline.core.limits import SHM, require_shared_memory
 from pipeline.core.store import size
-from training.config.plan import Plan
+from training.config.plan import TrainingPlan
 from training.ranks import world_size
 
 PREFETCH = 4  # batches that each loader process makes ahead
 _OWN = 1 << 20  # bytes: locks, counters and states of StreamingDataset
 
 
-def require(plan: Plan, stages: Sequence[str]) -> None:
+def require(plan: TrainingPlan, stages: Sequence[str]) -> None:
     """
     Args:
         stages: those that are left to do.
@@ -41,7 +41,7 @@ def require(plan: Plan, stages: Sequence[str]) -> None:
         )
 
 
-def needed(plan: Plan, name: str) -> int:
+def needed(plan: TrainingPlan, name: str) -> int:
     """Bytes of shared memory that the ranks of this node take at a stage: every buffer of
     `training.data.buffers`, and the order of an epoch."""
     stage, side = plan.config.stages[name], plan.latent_side(plan.config.stages[name])

@@ -14,7 +14,7 @@ from pipeline.core.errors import BrokenShard
 from pipeline.core.latents import posterior_sample
 from pipeline.core.published import Commits, Row, read_index, read_samples
 from pipeline.core.store import Store
-from training.config.plan import Plan, Source
+from training.config.plan import TrainingPlan, TrainingSource
 from training.data.cache import open_cache
 from training.data.left_out import left_out
 from training.data.shard_files import ShardFiles
@@ -35,18 +35,18 @@ class Picture:
 class _Shard:
     """Which rows are wanted of one input shard of a source."""
 
-    source: Source
+    source: TrainingSource
     row: Row
     rows: list[int]
 
 
-def count(plan: Plan, stage: str, split: str, wanted: int) -> int:
+def count(plan: TrainingPlan, stage: str, split: str, wanted: int) -> int:
     """How many pictures `read` has: `wanted`, or fewer where the split is smaller."""
     return sum(len(shard.rows) for shard in _find(plan, stage, split, wanted))
 
 
 def read(
-    plan: Plan, stage: str, split: str, wanted: int, first: int = 0, step: int = 1
+    plan: TrainingPlan, stage: str, split: str, wanted: int, first: int = 0, step: int = 1
 ) -> list[Picture]:
     """The first `wanted` pictures of a split, in the order of their shards.
 
@@ -71,14 +71,14 @@ def read(
     return pictures
 
 
-def _captions(plan: Plan, store: Store, source: Source) -> TextGroup:
+def _captions(plan: TrainingPlan, store: Store, source: TrainingSource) -> TextGroup:
     rows = read_index(store, source.text_group)
     hashes = plan.config.data.check_hashes
     files = ShardFiles(store, source.text_group, rows, open_cache(plan), hashes)
     return TextGroup(files, source.command(plan.config))
 
 
-def _find(plan: Plan, stage: str, split: str, wanted: int) -> Iterator[_Shard]:
+def _find(plan: TrainingPlan, stage: str, split: str, wanted: int) -> Iterator[_Shard]:
     store = Store(plan.config.data.root)
     for source, share in zip(plan.data[stage], plan.shares(stage), strict=True):
         left = max(1, round(wanted * share))

@@ -26,7 +26,7 @@ from pipeline.core.latents import posterior_sample, to_model
 from pipeline.core.manifest import VaeFacts
 from pipeline.core.published import Row, read_index
 from pipeline.core.store import Store, size
-from training.config.plan import Plan, Source
+from training.config.plan import TrainingPlan, TrainingSource
 from training.config.settings import Config
 from training.data.buffers import Pool
 from training.data.cache import Cache, open_cache
@@ -205,7 +205,9 @@ class LatentText(StreamingDataset):
         return reader.stream.source.name, reader.input
 
 
-def make_dataset(plan: Plan, stage: str, shuffle: bool = True, rollbacks: int = 0) -> LatentText:
+def make_dataset(
+    plan: TrainingPlan, stage: str, shuffle: bool = True, rollbacks: int = 0
+) -> LatentText:
     """The dataset of one stage of a run; its order is a function of (seed, stage, rollbacks)."""
     config, data = plan.config, plan.config.data
     store = Store(data.root)
@@ -241,7 +243,9 @@ def make_dataset(plan: Plan, stage: str, shuffle: bool = True, rollbacks: int = 
         )
 
 
-def _find(store: Store, source: Source, config: Config) -> tuple[list[Row], dict[str, list[int]]]:
+def _find(
+    store: Store, source: TrainingSource, config: Config
+) -> tuple[list[Row], dict[str, list[int]]]:
     """The shards of the split, and which of their rows are left out."""
     group, command = source.latents_group, source.command(config)
     split = config.data.split

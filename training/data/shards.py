@@ -15,7 +15,7 @@ import numpy as np
 from streaming import Stream
 from streaming.base.format.mds import MDSReader
 
-from training.config.plan import Source
+from training.config.plan import TrainingSource
 from training.data.shard_files import ShardFiles
 from training.data.token_vectors import TextGroup
 
@@ -32,7 +32,7 @@ class SplitStream(Stream):
 
     def __init__(
         self,
-        source: Source,
+        source: TrainingSource,
         files: ShardFiles,
         text: TextGroup,
         rows: dict[str, list[int]],

@@ -17,7 +17,7 @@ from training.export import text
 from training.export.bundle import bundle
 from training.export.transformer import MicroDiTModel
 from training.generator import Generator
-from training.weights.weights_file import Passport
+from training.weights.weights_file import WeightsMetadata
 
 TRANSFORMER, PIPELINE = "microdit", "pipeline"  # names of modules in the folder
 
@@ -46,9 +46,9 @@ def write(path: Path, out: Path) -> None:
 
 
 def _fill(folder: Path, generator: Generator) -> None:
-    passport = generator.passport
+    metadata = generator.metadata
     with torch.device("meta"):
-        model = MicroDiTModel(network=passport.model, objective=passport.objective)
+        model = MicroDiTModel(network=metadata.model, objective=metadata.objective)
     model.dit = generator.network
     model.save_pretrained(folder / "transformer")
     generator.vae.vae.save_pretrained(folder / "vae")
@@ -66,14 +66,14 @@ def _fill(folder: Path, generator: Generator) -> None:
         "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", type(encoder.model).__name__],
         "tokenizer": ["transformers", type(encoder.tokenizer).__name__],
-        "text": passport.text,
-        "latent_scale": passport.vae.scale,
-        "latent_shift": passport.vae.shift,
-        "attribution": passport.attribution,
+        "text": metadata.text,
+        "latent_scale": metadata.vae.scale,
+        "latent_shift": metadata.vae.shift,
+        "attribution": metadata.attribution,
         **encoder.settings,
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "README.md").write_text(_readme(passport))
+    (folder / "README.md").write_text(_readme(metadata))
 
 
 def _write_code(folder: Path, files: dict[str, str]) -> None:
@@ -82,19 +82,19 @@ def _write_code(folder: Path, files: dict[str, str]) -> None:
         (folder / name).write_text(source, "utf-8")
 
 
-def _readme(passport: Passport) -> str:
+def _readme(metadata: WeightsMetadata) -> str:
     facts: dict[str, Any] = {
-        "run": f"{passport.run}, stage {passport.stage}, step {passport.step}",
-        "weights": passport.weights,
-        "resolution": f"{passport.resolution} px",
-        "vae": f"{passport.vae.name} ({passport.vae.repo})",
-        "text encoder": f"{passport.text_encoder.name} ({passport.text_encoder.repo})",
+        "run": f"{metadata.run}, stage {metadata.stage}, step {metadata.step}",
+        "weights": metadata.weights,
+        "resolution": f"{metadata.resolution} px",
+        "vae": f"{metadata.vae.name} ({metadata.vae.repo})",
+        "text encoder": f"{metadata.text_encoder.name} ({metadata.text_encoder.repo})",
     }
     lines = [
         "# A MicroDiT",
         "",
         *(f"- {name}: {value}" for name, value in facts.items()),
-        *(f"- {line}" for line in passport.attribution),
+        *(f"- {line}" for line in metadata.attribution),
         "",
         "```python",
         "from diffusers import DiffusionPipeline",

@@ -17,7 +17,7 @@ Say = Callable[[int, str], None]
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalContext:
     """A stage's model, and what belongs to it."""
 
     model: DiffusionModel

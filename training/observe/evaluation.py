@@ -21,7 +21,7 @@ from training.config.settings import Evaluate
 from training.data.buffers import Pool
 from training.data.heldout import Picture
 from training.data.loader import Sample, collate
-from training.observe.eval_context import Subject
+from training.observe.eval_context import EvalContext
 from training.optim.ema import swap_weights
 from training.randomness import keyed_seed
 
@@ -39,34 +39,34 @@ class Evaluation(Callback):
     """
 
     def __init__(
-        self, subject: Subject, settings: Evaluate, pictures: list[Picture], total: int
+        self, context: EvalContext, settings: Evaluate, pictures: list[Picture], total: int
     ) -> None:
-        self._subject = subject
-        self._model = subject.model
+        self._context = context
+        self._model = context.model
         self._settings = settings
         # All batches have one shape, as compiled code has a graph for each, and all ranks have as
         # many of them, as sharded weights are gathered by all together. What fills them up is the
         # last picture again, which does not count.
         ranks = dist.get_world_size()
         most, mine = -(-total // ranks), len(range(dist.get_global_rank(), total, ranks))
-        size = min(subject.batch_size, most)
+        size = min(context.batch_size, most)
         places = -(-most // size) * size
         padded = pictures + pictures[-1:] * (places - len(pictures))
         self._weights = [1.0] * mine + [0.0] * (places - mine)
         length = max(len(picture.caption.tokens) for picture in pictures)
         self._batches = [
-            _batch(padded[i : i + size], length, subject) for i in range(0, places, size)
+            _batch(padded[i : i + size], length, context) for i in range(0, places, size)
         ]
         seed = self._model.objective.seed
         self._seeds = [keyed_seed(seed, "evaluate", p.source, p.key) for p in padded]
 
     def batch_end(self, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value
-        if not self._subject.due(step, self._settings.every):
+        if not self._context.due(step, self._settings.every):
             return
-        with self._subject.meter.aside():
+        with self._context.meter.paused():
             losses = {"live": self._losses(state)}
-            for name, average in self._subject.averages().items():
+            for name, average in self._context.averages().items():
                 with swap_weights(self._model.dit, average):
                     losses[name] = self._losses(state)
         bins = names(self._settings.bins)
@@ -74,9 +74,9 @@ class Evaluation(Callback):
         for name, found in losses.items():
             values |= {f"eval/{name}/{q}": v for q, v in zip(bins, found, strict=True)}
             values[f"eval/{name}/mean"] = sum(found) / len(found)
-        self._subject.metrics.report(step, values, logger)
+        self._context.metrics.report(step, values, logger)
         means = ", ".join(f"{name} {values[f'eval/{name}/mean']:.4f}" for name in losses)
-        self._subject.say(step, f"held-out loss: {means}")
+        self._context.say(step, f"held-out loss: {means}")
 
     def _losses(self, state: State) -> list[float]:
         """Mean over all pictures of all ranks, of each bin."""
@@ -115,7 +115,7 @@ def names(bins: int) -> list[str]:
     raise AssertionError
 
 
-def _batch(pictures: list[Picture], length: int, subject: Subject) -> dict[str, Tensor]:
+def _batch(pictures: list[Picture], length: int, context: EvalContext) -> dict[str, Tensor]:
     """As the loader makes them, with captions of `length` rows."""
     samples = [
         Sample(
@@ -124,7 +124,7 @@ def _batch(pictures: list[Picture], length: int, subject: Subject) -> dict[str, 
         for p in pictures
     ]
     pools = Pool(0, 0, 0), Pool(0, 0, 0)
-    batch = collate(samples, subject.vae, subject.trimmed, pools)
+    batch = collate(samples, context.vae, context.trimmed, pools)
     missing = length - batch["y"].shape[1]
     if missing:
         batch["y"] = F.pad(batch["y"], (0, 0, 0, missing))

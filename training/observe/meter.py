@@ -66,18 +66,18 @@ class Meter(Callback):
     def __init__(self, model: DiffusionModel) -> None:
         self.totals = Totals()
         self._model = model
-        self._aside = 0.0
+        self._paused = 0.0
         self._waiting_since: float | None = None
         self._waited = 0.0
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """What happens in this block is no training: its time does not count."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            self._aside += time.perf_counter() - began
+            self._paused += time.perf_counter() - began
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._began = self._now()
@@ -110,10 +110,10 @@ class Meter(Callback):
         )
 
     def _now(self) -> float:
-        return time.perf_counter() - self._aside
+        return time.perf_counter() - self._paused
 
 
-class Bill:
+class DeviceHours:
     """Seconds that this run has held its devices, over all its starts.
 
     Args:
@@ -128,6 +128,6 @@ class Bill:
     def device_seconds(self) -> float:
         return self._carried + self._devices * (time.monotonic() - self._began)
 
-    def at_least(self, device_seconds: float) -> None:
+    def raise_to(self, device_seconds: float) -> None:
         """What an earlier start has left on record."""
         self._carried += max(0.0, device_seconds - self.device_seconds())

@@ -8,7 +8,7 @@ from typing import Any
 
 from composer import Callback, Logger, State
 
-from training.observe.meter import Bill, Meter, Totals
+from training.observe.meter import DeviceHours, Meter, Totals
 from training.observe.metrics_log import Journal
 from training.optim.guard import Guard
 
@@ -38,7 +38,7 @@ class Metrics(Callback):
         self,
         meter: Meter,
         guard: Guard,
-        bill: Bill,
+        bill: DeviceHours,
         price: Price,
         journal: Journal | None,
         rate: Callable[[int], float],
@@ -107,7 +107,7 @@ class Metrics(Callback):
         return {"device_seconds": self._bill.device_seconds()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._bill.at_least(state["device_seconds"])
+        self._bill.raise_to(state["device_seconds"])
 
     def _note(self, step: int, values: dict[str, Any]) -> None:
         if self._journal is not None:

@@ -8,7 +8,7 @@ import time
 from composer import Callback, Logger, State
 from composer.utils import dist
 
-from training.observe.meter import Bill, Meter
+from training.observe.meter import DeviceHours, Meter
 from training.observe.metrics import Price
 from training.optim.guard import Guard
 
@@ -29,7 +29,7 @@ class Progress(Callback):
         every: float,
         meter: Meter,
         guard: Guard,
-        bill: Bill,
+        bill: DeviceHours,
         price: Price,
     ) -> None:
         self._stage = stage

@@ -25,7 +25,7 @@ from pipeline.core.manifest import TextFacts, mismatches
 from training.config.settings import Samples
 from training.data.token_vectors import Caption
 from training.objectives.sampler import TextConditioned, sample
-from training.observe.eval_context import Subject
+from training.observe.eval_context import EvalContext
 from training.observe.image_grid import contact_sheet
 from training.optim.ema import swap_weights
 from training.optim.parallel import for_sampling
@@ -47,15 +47,15 @@ class SampleSheets(Callback):
 
     def __init__(
         self,
-        subject: Subject,
+        context: EvalContext,
         settings: Samples,
         captions: Callable[[], list[Caption]],
         path: Callable[[int], Path],
         credit: list[str],
     ) -> None:
         self.failed = 0
-        self._subject = subject
-        self._model = subject.model
+        self._context = context
+        self._model = context.model
         self._settings = settings
         self._read = captions
         self._captions: list[Caption] | None = None
@@ -66,9 +66,9 @@ class SampleSheets(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         step = state.timestamp.batch.value
-        if not self._subject.due(step, self._settings.every):
+        if not self._context.due(step, self._settings.every):
             return
-        with self._subject.meter.aside():
+        with self._context.meter.paused():
             try:
                 self._paint(state, logger, step)
             except Exception as error:
@@ -77,13 +77,13 @@ class SampleSheets(Callback):
                 # Pictures are for the eye; a run of days is not to end for them.
                 self.failed += 1
                 text = " ".join(str(error).split())[:200]
-                self._subject.say(step, f"no samples ({self.failed} failed so far): {text}")
-                self._subject.metrics.report(step, {"samples/failed": self.failed}, logger)
+                self._context.say(step, f"no samples ({self.failed} failed so far): {text}")
+                self._context.metrics.report(step, {"samples/failed": self.failed}, logger)
 
     def _paint(self, state: State, logger: Logger, step: int) -> None:
         if self._captions is None:
             self._captions = self._read()
-        averages = self._subject.averages()
+        averages = self._context.averages()
         name = next(iter(averages), "live")
         network = for_sampling(self._model.dit)
         self._gathering = network is not self._model.dit
@@ -113,8 +113,8 @@ class SampleSheets(Callback):
         config, device = self._model.dit.config, next(self._model.parameters()).device
         shape = (config.in_channels, config.input_size, config.input_size)
         noise = picture_noise(self._settings.seed, range(len(captions)), shape)
-        y, y_mask = stack([caption.tokens for caption in captions], self._subject.trimmed)
-        size = min(self._subject.batch_size, len(captions))
+        y, y_mask = stack([caption.tokens for caption in captions], self._context.trimmed)
+        size = min(self._context.batch_size, len(captions))
         found = []
         for first in range(0, len(captions), size):
             # Compiled code has a graph for each size of a batch: the last one is filled up with
@@ -138,13 +138,13 @@ class SampleSheets(Callback):
         if self._decoder is None:
             from pipeline.encoders import load_vae
 
-            decoder = load_vae(self._subject.vae.name, str(latents.device))
-            lines = mismatches(self._subject.vae, decoder.facts, ignore=("revision", "dtype"))
+            decoder = load_vae(self._context.vae.name, str(latents.device))
+            lines = mismatches(self._context.vae, decoder.facts, ignore=("revision", "dtype"))
             if lines:
-                raise SettingError(f"vae {self._subject.vae.name} has changed: {'; '.join(lines)}")
+                raise SettingError(f"vae {self._context.vae.name} has changed: {'; '.join(lines)}")
             self._decoder = decoder
-        raw = to_raw(latents, self._subject.vae)
-        parts = raw.split(self._subject.batch_size)
+        raw = to_raw(latents, self._context.vae)
+        parts = raw.split(self._context.batch_size)
         return np.concatenate([self._decoder.decode(part) for part in parts])
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from training.config.settings import Optimizer
-from training.config.stage_settings import Stage
+from training.config.stage_settings import StageSettings
 from training.network.layers import CrossAttention, GeluMLP, SelfAttention, SwiGLU
 from training.network.moe import ExpertChoiceMLP
 from training.optim.muon import Group, Muon
@@ -88,7 +88,7 @@ def _matrices(module: nn.Module) -> dict[Tensor, int]:
     return {}
 
 
-def learning_rate(stage: Stage, step: int) -> float:
+def learning_rate(stage: StageSettings, step: int) -> float:
     """The rate of a step (0 is the first): linear warm-up, then constant or a half cosine.
 
     A function of the step alone: a resumed run has no schedule state to restore, and Composer's own

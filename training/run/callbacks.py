@@ -11,15 +11,15 @@ from composer.utils import dist, get_device
 
 from pipeline.core.errors import SettingError
 from training.checkpoint.run_folder import StageFolder
-from training.config.plan import Plan
+from training.config.plan import TrainingPlan
 from training.data import heldout
 from training.data.shared_memory import of_first_rank
 from training.data.token_vectors import Caption
 from training.model import DiffusionModel
 from training.observe import sample_images
-from training.observe.eval_context import Subject
+from training.observe.eval_context import EvalContext
 from training.observe.evaluation import Evaluation
-from training.observe.meter import Bill, Meter
+from training.observe.meter import DeviceHours, Meter
 from training.observe.metrics import Metrics, price_of
 from training.observe.metrics_log import Journal
 from training.observe.progress import Progress
@@ -40,14 +40,14 @@ def say(text: str) -> None:
 
 
 def callbacks(
-    plan: Plan,
+    plan: TrainingPlan,
     name: str,
     path: StageFolder,
     begun: str,
     model: DiffusionModel,
     ema: EMA,
     rollbacks: int,
-    bill: Bill,
+    device_hours: DeviceHours,
     stop: StopAtSignal,
     copy: Callable[[Path], None],
 ) -> list[Callback]:
@@ -72,7 +72,7 @@ def callbacks(
     metrics = Metrics(
         meter,
         guard,
-        bill,
+        device_hours,
         price,
         Journal(path.metrics) if dist.get_global_rank() == 0 else None,
         lambda step: learning_rate(stage, step),
@@ -80,7 +80,7 @@ def callbacks(
         config.logging.every_steps,
         tell,
     )
-    subject = Subject(
+    context = EvalContext(
         model,
         ema.averages,
         stage.steps,
@@ -97,16 +97,16 @@ def callbacks(
         ema,
         meter,
         metrics,
-        Progress(name, stage.steps, config.logging.every, meter, guard, bill, price),
-        *_evaluation(plan, name, subject),
-        *_samples(plan, name, subject, path),
+        Progress(name, stage.steps, config.logging.every, meter, guard, device_hours, price),
+        *_evaluation(plan, name, context),
+        *_samples(plan, name, context, path),
         SaveCheckpoints(
             path, stage, begun, config.checkpoint.keep, guard, meter, metrics, stop, copy, tell
         ),
     ]
 
 
-def _evaluation(plan: Plan, name: str, subject: Subject) -> list[Callback]:
+def _evaluation(plan: TrainingPlan, name: str, context: EvalContext) -> list[Callback]:
     settings, ranks = plan.config.evaluate, world_size()
     if not settings.every:
         return []
@@ -116,16 +116,18 @@ def _evaluation(plan: Plan, name: str, subject: Subject) -> list[Callback]:
         return []
     first = dist.get_global_rank() % total
     pictures = heldout.read(plan, name, settings.split, settings.samples, first, ranks)
-    return [Evaluation(subject, settings, pictures, total)]
+    return [Evaluation(context, settings, pictures, total)]
 
 
-def _samples(plan: Plan, name: str, subject: Subject, path: StageFolder) -> list[Callback]:
+def _samples(
+    plan: TrainingPlan, name: str, context: EvalContext, path: StageFolder
+) -> list[Callback]:
     settings, split = plan.config.samples, plan.config.evaluate.split
 
     def captions() -> list[Caption]:
         if settings.prompts:
             text = plan.data[name][0].text.text_encoder
-            return sample_images.encode(settings.prompts, text, subject.trimmed)
+            return sample_images.encode(settings.prompts, text, context.trimmed)
         # Some captions are those of several pictures.
         pictures = heldout.read(plan, name, split, 4 * settings.count)
         if not pictures:
@@ -140,4 +142,4 @@ def _samples(plan: Plan, name: str, subject: Subject, path: StageFolder) -> list
         say(f"stage {name}: no shard of split {split}, no samples.prompts, so there are no samples")
         return []
     credit = attributions([source.name for source in plan.data[name]])
-    return [SampleSheets(subject, settings, captions, path.samples, credit)]
+    return [SampleSheets(context, settings, captions, path.samples, credit)]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import yaml
 
 from pipeline.core.tokens import row_bytes
-from training.config.plan import Plan, Source, network_config
-from training.config.stage_settings import Stage
+from training.config.plan import TrainingPlan, TrainingSource, network_config
+from training.config.stage_settings import StageSettings
 from training.flops import flops_per_image, num_parameters
 from training.masking.ratio import ratio_steps
 from training.network.config import DiTConfig
@@ -17,7 +17,7 @@ STEP_PASSES = 3  # a training step costs three forward passes: forward, and twic
 FLOAT16 = 2  # bytes
 
 
-def report(plan: Plan) -> str:
+def report(plan: TrainingPlan) -> str:
     """The resolved config as YAML, then a table of the stages and the total."""
     config = plan.config
     networks = {name: network_config(plan, stage) for name, stage in config.stages.items()}
@@ -53,7 +53,7 @@ def report(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def forward_flops(network: DiTConfig, stage: Stage, rows: int) -> float:
+def forward_flops(network: DiTConfig, stage: StageSettings, rows: int) -> float:
     """Forward FLOPs of an image, the mean over the stage's steps."""
     scheme = stage.scheme()
     return sum(
@@ -62,14 +62,14 @@ def forward_flops(network: DiTConfig, stage: Stage, rows: int) -> float:
     )
 
 
-def _rows(plan: Plan, name: str) -> float:
+def _rows(plan: TrainingPlan, name: str) -> float:
     """Caption rows the network reads: stored mean where text is trimmed and known, else all."""
     if plan.config.data.text == "full" or name not in plan.data:
         return plan.text.length
     return _mean(plan, name, lambda s: s.text_bytes / s.captions) / _row_bytes(plan)
 
 
-def _bytes(plan: Plan, name: str) -> float:
+def _bytes(plan: TrainingPlan, name: str) -> float:
     """Bytes that one sample takes to read: its latent and its caption's rows."""
     if name not in plan.data:
         side = plan.latent_side(plan.config.stages[name])
@@ -78,22 +78,22 @@ def _bytes(plan: Plan, name: str) -> float:
     return _mean(plan, name, lambda s: s.latent_bytes / s.samples + s.text_bytes / s.captions)
 
 
-def _row_bytes(plan: Plan) -> int:
+def _row_bytes(plan: TrainingPlan) -> int:
     return row_bytes(plan.text.width, plan.config.data.text_dtype)
 
 
-def _mean(plan: Plan, name: str, figure: Callable[[Source], float]) -> float:
+def _mean(plan: TrainingPlan, name: str, figure: Callable[[TrainingSource], float]) -> float:
     """Mean of a figure over the samples of an epoch."""
     pairs = zip(plan.shares(name), plan.data[name], strict=True)
     return sum(share * figure(source) for share, source in pairs)
 
 
-def _hours(plan: Plan, flops: float) -> float:
+def _hours(plan: TrainingPlan, flops: float) -> float:
     estimate = plan.config.estimate
     return flops / (estimate.peak_tflops * 1e12 * estimate.mfu) / 3600
 
 
-def _data_line(plan: Plan) -> str:
+def _data_line(plan: TrainingPlan) -> str:
     if not plan.data:
         trimmed = plan.config.data.text == "trimmed"
         longest = f" for the longest captions, {plan.text.length} rows" if trimmed else ""

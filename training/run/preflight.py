@@ -26,9 +26,15 @@ from pipeline.core.published import Row, read_index
 from pipeline.core.store import Store
 from pipeline.encoders import text_facts, vae_facts
 from training.config import init_from
-from training.config.plan import MissingData, Plan, Source, encode_command, network_config
+from training.config.plan import (
+    MissingData,
+    TrainingPlan,
+    TrainingSource,
+    encode_command,
+    network_config,
+)
 from training.config.settings import Config
-from training.config.stage_settings import Stage
+from training.config.stage_settings import StageSettings
 from training.data.left_out import left_out
 from training.masking.ratio import ratio_steps
 from training.ranks import world_size
@@ -39,18 +45,20 @@ UNREAD = ("revision", "weights_sha256", "dtype")  # facts that a table without w
 M = TypeVar("M", bound=Manifest)
 
 
-def check(config: Config, need_data: bool = True) -> Plan:
+def check(config: Config, need_data: bool = True) -> TrainingPlan:
     """The facts behind a config, or why it cannot run.
 
     Args:
-        need_data: missing shards are an error; otherwise they leave `Plan.data` empty.
+        need_data: missing shards are an error; otherwise they leave `TrainingPlan.data` empty.
 
     Raises:
         MissingData: a group or shard file is not there; the message says what makes it.
         SettingError: settings that do not fit each other, or shards made with other settings.
     """
     config = init_from.complete(config)
-    plan = Plan(config, vae_facts(config.data.vae), text_facts(config.data.text_encoder), {})
+    plan = TrainingPlan(
+        config, vae_facts(config.data.vae), text_facts(config.data.text_encoder), {}
+    )
     for name, stage in config.stages.items():
         _check_sizes(plan, name, stage)
     init_from.check(plan, network_config(plan, next(iter(config.stages.values()))))
@@ -62,12 +70,12 @@ def check(config: Config, need_data: bool = True) -> Plan:
         data = {}
     for name, sources in data.items():
         _check_enough(config, name, sources)
-    plan = Plan(config, plan.vae, plan.text, data)
+    plan = TrainingPlan(config, plan.vae, plan.text, data)
     init_from.check_encoders(plan)
     return plan
 
 
-def _check_sizes(plan: Plan, name: str, stage: Stage) -> None:
+def _check_sizes(plan: TrainingPlan, name: str, stage: StageSettings) -> None:
     unit = plan.vae.downsample * plan.patch_size()
     if stage.resolution % unit:
         raise SettingError(
@@ -89,7 +97,7 @@ def _check_sizes(plan: Plan, name: str, stage: Stage) -> None:
         )
 
 
-def _find_data(plan: Plan) -> dict[str, list[Source]]:
+def _find_data(plan: TrainingPlan) -> dict[str, list[TrainingSource]]:
     config = plan.config
     store = Store(config.data.root)
     found = functools.cache(functools.partial(_find_source, plan, store))
@@ -111,7 +119,7 @@ def _find_data(plan: Plan) -> dict[str, list[Source]]:
     return data
 
 
-def _find_source(plan: Plan, store: Store, name: str, resolution: int) -> Source:
+def _find_source(plan: TrainingPlan, store: Store, name: str, resolution: int) -> TrainingSource:
     data = plan.config.data
     command = encode_command(plan.config, name, resolution)
     latents_group = layout.latents_group(name, data.vae, resolution, data.latents, data.crop)
@@ -164,7 +172,7 @@ def _find_source(plan: Plan, store: Store, name: str, resolution: int) -> Source
             f"{name}: every sample of split {data.split} was {' or '.join(gone.why())}; "
             "leave it out of data.sources"
         )
-    return Source(
+    return TrainingSource(
         name,
         latents_group,
         text_group,
@@ -196,7 +204,7 @@ def _columns(latents: LatentsManifest) -> tuple[list[str], list[str]]:
 
 
 def _shards(
-    plan: Plan,
+    plan: TrainingPlan,
     store: Store,
     group: str,
     command: str,
@@ -247,7 +255,7 @@ def _check_described(store: Store, group: str, manifest: Manifest, shards: Colle
             )
 
 
-def _check_enough(config: Config, name: str, sources: list[Source]) -> None:
+def _check_enough(config: Config, name: str, sources: list[TrainingSource]) -> None:
     samples, batch = sum(s.samples for s in sources), config.stages[name].batch_size
     if samples < batch:
         raise SettingError(

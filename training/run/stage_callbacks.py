@@ -15,7 +15,7 @@ from composer.utils.checkpoint import save_checkpoint
 from pipeline.core.errors import SettingError
 from training.checkpoint.checkpoints import template
 from training.checkpoint.run_folder import StageFolder
-from training.config.stage_settings import Stage
+from training.config.stage_settings import StageSettings
 from training.model import DiffusionModel
 from training.observe.meter import Meter
 from training.observe.metrics import Metrics
@@ -27,7 +27,7 @@ from training.run.stopping import StopAtSignal
 class StepFunctions(Callback):
     """Sets what is a function of the step: the model's random numbers and the learning rate."""
 
-    def __init__(self, model: DiffusionModel, stage: Stage) -> None:
+    def __init__(self, model: DiffusionModel, stage: StageSettings) -> None:
         self._model = model
         self._stage = stage
 
@@ -74,7 +74,7 @@ class SaveCheckpoints(Callback):
     def __init__(
         self,
         folder: StageFolder,
-        stage: Stage,
+        stage: StageSettings,
         begun: str,
         keep: int,
         guard: Guard,
@@ -110,7 +110,7 @@ class SaveCheckpoints(Callback):
         due = step % self._stage.save_every == 0 or self._stop.now
         if step != self._stage.steps and (self._guard.in_a_row or not due):
             return
-        with self._meter.aside():
+        with self._meter.paused():
             try:
                 self._guard.require_finite(state)
             except RollBack:

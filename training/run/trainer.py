@@ -19,10 +19,10 @@ from composer.utils import dist, get_device
 from pipeline.core.errors import SettingError, StorageError
 from training.checkpoint import run_folder
 from training.checkpoint.checkpoints import Checkpoint, CheckpointState, allow_only_data, read
-from training.checkpoint.remote import Mirror, fetch
+from training.checkpoint.remote import RemoteCopy, fetch
 from training.checkpoint.run_folder import StageFolder
 from training.config import init_from
-from training.config.plan import Plan, Source, network_config
+from training.config.plan import TrainingPlan, TrainingSource, network_config
 from training.config.stage_settings import Power
 from training.data import loader_deaths
 from training.data.loader import LatentText, global_rows, make_dataset, make_loader
@@ -33,7 +33,7 @@ from training.network.dit import MicroDiT
 from training.objectives import OBJECTIVES
 from training.observe import curve, metrics_log
 from training.observe.loggers import make_loggers
-from training.observe.meter import Bill
+from training.observe.meter import DeviceHours
 from training.optim import parallel
 from training.optim.dtensors import gathered
 from training.optim.ema import EMA
@@ -50,7 +50,7 @@ COMPILED_MULTIPLE = 16  # caption rows of a batch: fewer lengths, fewer graphs
 WAIT_S = 7200.0  # that ranks wait for the first: it fetches, saves and exports gigabytes
 
 
-def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
+def run(plan: TrainingPlan, callbacks: Sequence[Callback] = ()) -> None:
     """Trains every stage that is not finished.
 
     Args:
@@ -69,7 +69,7 @@ def run(plan: Plan, callbacks: Sequence[Callback] = ()) -> None:
         _run_stages(plan, callbacks, stop)
 
 
-def _run_stages(plan: Plan, callbacks: Sequence[Callback], stop: StopAtSignal) -> None:
+def _run_stages(plan: TrainingPlan, callbacks: Sequence[Callback], stop: StopAtSignal) -> None:
     checkpoint, before = plan.config.checkpoint, None
     if world_size() > 1:
         dist.initialize_dist(get_device(None), WAIT_S)
@@ -79,16 +79,16 @@ def _run_stages(plan: Plan, callbacks: Sequence[Callback], stop: StopAtSignal) -
     if first:
         run_folder.check_whole(plan, say)
     dist.barrier()
-    bill = Bill(world_size())
+    device_hours = DeviceHours(world_size())
     left = run_folder.unfinished(plan)
     url = checkpoint.remote if first else ""
     try:
-        with Mirror(plan.config.run_folder(), url, checkpoint.keep) as mirror:
+        with RemoteCopy(plan.config.run_folder(), url, checkpoint.keep) as mirror:
             for name, stage in plan.config.stages.items():
                 path = run_folder.stage_folder(plan, name)
                 if name in left:
                     stop.folder = path
-                    _run_stage(plan, name, path, before, bill, callbacks, mirror, stop)
+                    _run_stage(plan, name, path, before, device_hours, callbacks, mirror, stop)
                 elif path.finished():
                     say(f"stage {name}: finished before, not run again")
                     mirror.catch_up(path)
@@ -101,19 +101,21 @@ def _run_stages(plan: Plan, callbacks: Sequence[Callback], stop: StopAtSignal) -
 
 
 def _run_stage(
-    plan: Plan,
+    plan: TrainingPlan,
     name: str,
     path: StageFolder,
     before: Path | None,
-    bill: Bill,
+    device_hours: DeviceHours,
     callbacks: Sequence[Callback],
-    mirror: Mirror,
+    mirror: RemoteCopy,
     stop: StopAtSignal,
 ) -> None:
     """One stage, from its last checkpoint again whenever the guard says so."""
-    bill.at_least(of_first_rank(metrics_log.last(path.metrics, "train/device_hours") or 0.0) * 3600)
+    device_hours.raise_to(
+        of_first_rank(metrics_log.last(path.metrics, "train/device_hours") or 0.0) * 3600
+    )
     while True:
-        back = _attempt(plan, name, path, before, bill, callbacks, mirror, stop)
+        back = _attempt(plan, name, path, before, device_hours, callbacks, mirror, stop)
         if back is None:
             return
         _roll_back(plan, name, path, back)
@@ -121,13 +123,13 @@ def _run_stage(
 
 
 def _attempt(
-    plan: Plan,
+    plan: TrainingPlan,
     name: str,
     path: StageFolder,
     before: Path | None,
-    bill: Bill,
+    device_hours: DeviceHours,
     callbacks: Sequence[Callback],
-    mirror: Mirror,
+    mirror: RemoteCopy,
     stop: StopAtSignal,
 ) -> RollBack | None:
     """Trains to the stage's end with its own loader, schedule and Trainer: from its own latest
@@ -139,7 +141,7 @@ def _attempt(
     if resume is not None:
         rollbacks = max(rollbacks, read(resume).rollbacks)
     if start is not None:
-        bill.at_least(start.device_seconds)
+        device_hours.raise_to(start.device_seconds)
     network = _network(plan, name, start, resume)
     if config.precision == "fp64":
         network.double()
@@ -157,7 +159,7 @@ def _attempt(
     averages = start.averages if start else None
     ema = EMA(model.dit, stage.averages(), stage.ema_start, averages)
     own = observers.callbacks(
-        plan, name, path, begun, model, ema, rollbacks, bill, stop, mirror.put_checkpoint
+        plan, name, path, begun, model, ema, rollbacks, device_hours, stop, mirror.put_checkpoint
     )
     trainer = _trainer(plan, name, path, model, [*own, *callbacks, stop], resume, rollbacks)
     stop.listen()  # Composer's handler is the last one otherwise
@@ -198,11 +200,11 @@ def _live(finished: StageFolder) -> Path | None:
     if finished.live.exists():
         return finished.live
     return (
-        finished.model if weights_metadata.read_passport(finished.model).weights == "live" else None
+        finished.model if weights_metadata.read_metadata(finished.model).weights == "live" else None
     )
 
 
-def _roll_back(plan: Plan, name: str, path: StageFolder, back: RollBack) -> None:
+def _roll_back(plan: TrainingPlan, name: str, path: StageFolder, back: RollBack) -> None:
     """Records it, so that the next attempt has other random numbers.
 
     Raises:
@@ -226,7 +228,7 @@ def _roll_back(plan: Plan, name: str, path: StageFolder, back: RollBack) -> None
         path.add_rollback(back.step, to, back.reason)
 
 
-def _objective(plan: Plan, name: str, rollbacks: int) -> Objective:
+def _objective(plan: TrainingPlan, name: str, rollbacks: int) -> Objective:
     config, stage = plan.config, plan.config.stages[name]
     denoiser = pkgutil.resolve_name(OBJECTIVES[config.objective])
     return Objective(
@@ -241,7 +243,9 @@ def _objective(plan: Plan, name: str, rollbacks: int) -> Objective:
     )
 
 
-def _network(plan: Plan, name: str, start: CheckpointState | None, resume: Path | None) -> MicroDiT:
+def _network(
+    plan: TrainingPlan, name: str, start: CheckpointState | None, resume: Path | None
+) -> MicroDiT:
     """The stage's network: initialised, or with the weights of the stage before, or, where a
     checkpoint of this stage will fill it, with arbitrary ones."""
     config = network_config(plan, plan.config.stages[name])
@@ -263,7 +267,7 @@ def _network(plan: Plan, name: str, start: CheckpointState | None, resume: Path 
     return network
 
 
-def _initial_network(plan: Plan, config: DiTConfig) -> MicroDiT:
+def _initial_network(plan: TrainingPlan, config: DiTConfig) -> MicroDiT:
     """The weights of `init_from`, with the positions of this run's resolution."""
     network, _ = weights_file.load(init_from.path(plan.config))
     network.set_resolution(config.input_size, config.pos_interp_scale)
@@ -271,7 +275,7 @@ def _initial_network(plan: Plan, config: DiTConfig) -> MicroDiT:
 
 
 def _trainer(
-    plan: Plan,
+    plan: TrainingPlan,
     name: str,
     path: StageFolder,
     model: DiffusionModel,
@@ -328,7 +332,7 @@ def _trainer(
 
 
 def _export(
-    plan: Plan,
+    plan: TrainingPlan,
     name: str,
     path: StageFolder,
     model: DiffusionModel,
@@ -346,7 +350,7 @@ def _export(
     if dist.get_global_rank() > 0:
         return
     config, stage, sources = plan.config, plan.config.stages[name], plan.data[name]
-    live = weights_file.Passport(
+    live = weights_file.WeightsMetadata(
         run=config.name,
         stage=name,
         step=stage.steps,
@@ -372,14 +376,16 @@ def _export(
         # last step was skipped, is the weights.
         for number, (average, profile) in reversed([*enumerate(stage.averages().items())]):
             kind = average if isinstance(profile, Power) else profile
-            passport = live.model_copy(update={"weights": "ema", "ema": kind})
+            metadata = live.model_copy(update={"weights": "ema", "ema": kind})
             file = path.average(average) if number else path.model
-            weights_file.write(file, {**tensors, **averages.get(average, {})}, passport)
+            weights_file.write(file, {**tensors, **averages.get(average, {})}, metadata)
     run_folder.link_last(plan)  # a later stage may be finished
 
 
-def _left_out(sources: list[Source], damaged: list[tuple[str, str]]) -> dict[str, dict[str, int]]:
-    """What a passport says of it."""
+def _left_out(
+    sources: list[TrainingSource], damaged: list[tuple[str, str]]
+) -> dict[str, dict[str, int]]:
+    """What metadata says of it."""
     found = {source.name: dict(source.left_out) for source in sources}
     for source, _ in damaged:
         found[source]["damaged shards"] = 1 + found[source].get("damaged shards", 0)

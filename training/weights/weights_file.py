@@ -1,6 +1,6 @@
-"""Weights as safetensors with their passport: a file alone says how to generate with it.
+"""Weights as safetensors with their metadata: a file alone says how to generate with it.
 
-The tensors have the names and shapes of the released checkpoints. The passport is JSON under the
+The tensors have the names and shapes of the released checkpoints. The metadata is JSON under the
 metadata key "microdit".
 """
 
@@ -21,10 +21,16 @@ from pipeline.core.errors import SettingError
 from training.network.dit import MicroDiT
 from training.objectives.denoiser import Denoiser
 from training.weights.tensors import read_tensors, require_fit, require_numbers
-from training.weights.weights_metadata import METADATA_KEY, Passport, file_hash, find, read_passport
+from training.weights.weights_metadata import (
+    METADATA_KEY,
+    WeightsMetadata,
+    file_hash,
+    find,
+    read_metadata,
+)
 
 # Most of them of training.weights.weights_metadata, which needs no torch.
-__all__ = ["METADATA_KEY", "Passport", "file_hash", "find", "read_passport", "read_tensors"]
+__all__ = ["METADATA_KEY", "WeightsMetadata", "file_hash", "find", "read_metadata", "read_tensors"]
 
 #: Source -> what has to be said wherever pictures of its kind, or weights trained on it, appear.
 ATTRIBUTIONS = {
@@ -32,7 +38,7 @@ ATTRIBUTIONS = {
 }
 
 
-def write(path: Path, tensors: dict[str, Tensor], passport: Passport) -> None:
+def write(path: Path, tensors: dict[str, Tensor], metadata: WeightsMetadata) -> None:
     """Tensors as they are, of whatever type; the file appears whole under its name, or not at all.
 
     Raises:
@@ -40,7 +46,7 @@ def write(path: Path, tensors: dict[str, Tensor], passport: Passport) -> None:
     """
     part = path.with_name(f".{path.name}.part")
     try:
-        _save_file(_apart(tensors), part, {METADATA_KEY: passport.model_dump_json()})
+        _save_file(_apart(tensors), part, {METADATA_KEY: metadata.model_dump_json()})
         with contextlib.suppress(PermissionError):  # of file systems that have no modes
             part.chmod(0o644)  # safetensors gives the owner alone access
         with open(part, "rb") as file:  # its name says that a stage is finished
@@ -69,36 +75,36 @@ def _save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str])
         raise OSError(" ".join(str(error).split())) from error
 
 
-def read(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], Passport]:
-    """The tensors of a weights file as they are stored, and its passport, which they fit.
+def read(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], WeightsMetadata]:
+    """The tensors of a weights file as they are stored, and its metadata, which they fit.
 
     Raises:
-        SettingError: as `read_passport`; tensors that do not fit the passport's network, or that
+        SettingError: as `read_metadata`; tensors that do not fit the metadata's network, or that
             hold NaN or infinities.
     """
-    passport = read_passport(path)
+    metadata = read_metadata(path)
     try:
-        passport.noise()
+        metadata.noise()
     except (TypeError, ValueError) as error:
-        raise SettingError(f"{path}: broken passport (objective: {error})") from error
+        raise SettingError(f"{path}: broken metadata (objective: {error})") from error
     tensors = read_tensors(path, device)
-    require_fit(path, tensors, passport.network(), "its passport's network")
+    require_fit(path, tensors, metadata.network(), "its metadata's network")
     require_numbers(path, tensors)
-    return tensors, passport
+    return tensors, metadata
 
 
-def load(path: Path, device: str = "cpu") -> tuple[MicroDiT, Passport]:
-    """The network in eval mode, and its passport.
+def load(path: Path, device: str = "cpu") -> tuple[MicroDiT, WeightsMetadata]:
+    """The network in eval mode, and its metadata.
 
     Raises:
         SettingError: as `read`.
     """
-    stored, passport = read(path, device)
+    stored, metadata = read(path, device)
     # A released file may hold bfloat16; the network computes in float32, or as autocast says.
     with torch.device("meta"):
-        network = MicroDiT(passport.network())
+        network = MicroDiT(metadata.network())
     network.load_state_dict({n: value.float() for n, value in stored.items()}, assign=True)
-    return network.eval().requires_grad_(False), passport
+    return network.eval().requires_grad_(False), metadata
 
 
 def attributions(sources: list[str]) -> list[str]:
@@ -107,7 +113,7 @@ def attributions(sources: list[str]) -> list[str]:
 
 
 def facts(network: MicroDiT, denoiser: Denoiser) -> dict[str, Any]:
-    """The passport's entries for a network and its objective."""
+    """The metadata's entries for a network and its objective."""
     fields = dataclasses.asdict(denoiser)  # pyright: ignore (a Protocol cannot say dataclass)
     return {
         "model": dataclasses.asdict(network.config),

@@ -1,4 +1,4 @@
-"""What a weights file says of itself, read without torch: where it is, its passport, its content's
+"""What a weights file says of itself, read without torch: where it is, its metadata, its content's
 hash. Everything that opens a weights file asks here first."""
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ METADATA_KEY = "microdit"
 SCHEMA = 2
 LFS_POINTER = b"version https://git-lfs"  # what Git leaves in a large file's place without LFS
 
-# Strict: a width in quotes, or one that no network has, is a broken passport.
+# Strict: a width in quotes, or one that no network has, is a broken metadata.
 _NETWORK = TypeAdapter(
     with_config(ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))(DiTConfig)
 )
 
 
-class Passport(BaseModel):
+class WeightsMetadata(BaseModel):
     """What made the weights, and what they need to make a picture."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -107,7 +107,7 @@ class Passport(BaseModel):
         return objective
 
     @model_validator(mode="after")
-    def _fits(self) -> Passport:
+    def _fits(self) -> WeightsMetadata:
         network, vae, text = self.network(), self.vae, self.text_encoder
         if not vae.scale > 0:
             raise ValueError(f"vae.scale {vae.scale}: must be above 0")
@@ -168,10 +168,10 @@ def require_content(path: Path) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The passport of a weights file as it is written there.
+    """The metadata of a weights file as it is written there.
 
     Raises:
-        SettingError: no such file, no safetensors, or no passport of this version in it.
+        SettingError: no such file, no safetensors, or no metadata of this version in it.
     """
     try:
         require_content(path)
@@ -186,40 +186,40 @@ def read_record(path: Path) -> dict[str, Any]:
         ) from error
     if METADATA_KEY not in metadata:
         raise SettingError(
-            f"{path}: no passport in it; was it written by training/train.py, or by "
+            f"{path}: no metadata in it; was it written by training/train.py, or by "
             "python -m training.convert import?"
         )
     try:
         record = json.loads(metadata[METADATA_KEY], parse_float=_finite, parse_constant=_finite)
         json.dumps(record, ensure_ascii=False).encode()  # half a character cannot be printed
     except (ValueError, RecursionError) as error:
-        raise SettingError(f"{path}: broken passport (no JSON: {_short(error)})") from error
+        raise SettingError(f"{path}: broken metadata (no JSON: {_short(error)})") from error
     if not isinstance(record, dict):
         raise SettingError(
-            f"{path}: broken passport (expected a mapping, found {type(record).__name__})"
+            f"{path}: broken metadata (expected a mapping, found {type(record).__name__})"
         )
     version = record.get("schema_version", 0)
     if not isinstance(version, int):
-        raise SettingError(f"{path}: broken passport (schema_version {version!r}: is no number)")
+        raise SettingError(f"{path}: broken metadata (schema_version {version!r}: is no number)")
     if version > SCHEMA:
         raise SettingError(
-            f"{path}: passport of schema {version}, this version reads up to {SCHEMA}; upgrade the "
+            f"{path}: metadata of schema {version}, this version reads up to {SCHEMA}; upgrade the "
             "package"
         )
     return record
 
 
-def read_passport(path: Path) -> Passport:
-    """The passport of a weights file.
+def read_metadata(path: Path) -> WeightsMetadata:
+    """The metadata of a weights file.
 
     Raises:
-        SettingError: no such file, no safetensors, or no passport of this version in it.
+        SettingError: no such file, no safetensors, or no metadata of this version in it.
     """
     record = read_record(path)
     try:
-        return Passport.model_validate(record)
+        return WeightsMetadata.model_validate(record)
     except ValidationError as error:
-        raise SettingError(f"{path}: broken passport ({_first(error)})") from error
+        raise SettingError(f"{path}: broken metadata ({_first(error)})") from error
 
 
 def file_hash(path: Path) -> str:

@@ -37,7 +37,7 @@ from pipeline.sources.web.answer import (
     read_start,
     retry_after,
 )
-from pipeline.sources.web.limits import Order, Room
+from pipeline.sources.web.limits import Limiter, Order
 from pipeline.sources.web.settings import FetchError, HttpSettings
 from pipeline.sources.web.site_rules import SiteRules
 
@@ -48,7 +48,7 @@ BACKOFF_S = 0.5  # before the second try; twice as long before each further one,
 
 
 @dataclass(frozen=True)
-class Seam:
+class Hooks:
     """Who resolves names and who judges addresses."""
 
     resolver: AbstractResolver | None = None  # default: the machine's
@@ -57,7 +57,7 @@ class Seam:
 
 @dataclass
 class _Host:
-    room: Room
+    room: Limiter
     next_at: float = 0.0  # of the loop's clock: when the rate allows the next request
     paused_until: float = 0.0  # as the host asked
     failures: int = 0  # links in a row
@@ -75,14 +75,14 @@ class _Link:
 class Client:
     """The connections of one shard. A host that keeps failing is given up for the shard."""
 
-    def __init__(self, settings: HttpSettings, seam: Seam | None = None) -> None:
-        seam = seam or Seam()
+    def __init__(self, settings: HttpSettings, seam: Hooks | None = None) -> None:
+        seam = seam or Hooks()
         self.settings = settings
         self.order = Order()
-        self.memory = Room(max(MEMORY, settings.max_bytes), self.order)
+        self.memory = Limiter(max(MEMORY, settings.max_bytes), self.order)
         self._judge = seam.judge or (anyone if settings.allow_private_hosts else public_only)
         self._resolver = seam.resolver
-        self._room = Room(settings.thread_count, self.order)
+        self._room = Limiter(settings.thread_count, self.order)
         self._hosts: dict[str, _Host] = {}
         self._rules = SiteRules(settings.tokens(), settings.timeout, self._robots, self._redirected)
 
@@ -275,7 +275,7 @@ class Client:
         name = url.raw_host or ""
         found = self._hosts.get(name)
         if found is None:
-            room = Room(self.settings.host_concurrency, self.order)
+            room = Limiter(self.settings.host_concurrency, self.order)
             found = self._hosts[name] = _Host(room)
         return found
 

@@ -16,7 +16,7 @@ class Order:
 
     def __init__(self) -> None:
         self.wanted = 0
-        self._waiting: dict[int, tuple[Room, int, asyncio.Future[None]]] = {}
+        self._waiting: dict[int, tuple[Limiter, int, asyncio.Future[None]]] = {}
 
     def advance(self, index: int) -> None:
         """The consumer waits for `index` now."""
@@ -26,7 +26,7 @@ class Order:
             room.let_in(index, amount, future)
 
 
-class Room:
+class Limiter:
     """So much at once, first come first served; what is wanted next may exceed it."""
 
     def __init__(self, size: int, order: Order) -> None:

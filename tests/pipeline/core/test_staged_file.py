@@ -8,20 +8,20 @@ import sys
 
 import pytest
 
-from pipeline.core.staged_file import SCRATCH_VARIABLE, scratch, spool
+from pipeline.core.staged_file import SCRATCH_VARIABLE, scratch, staged_file
 from pipeline.core.store import Store
 
 
 def test_it_appears_under_its_name_or_not_at_all(tmp_path):
     store = Store(tmp_path)
-    with spool(store, "a/b") as file:
+    with staged_file(store, "a/b") as file:
         assert file.write(b"one ") == 4
         file.write(b"two")
         file.close()
         store.place(file.path, "a/b/c.bin")
     assert store.read("a/b/c.bin") == b"one two"
     assert (file.bytes, file.sha256()) == (7, hashlib.sha256(b"one two").hexdigest())
-    with pytest.raises(TypeError), spool(store, "a/b") as file:
+    with pytest.raises(TypeError), staged_file(store, "a/b") as file:
         file.write("no bytes")  # pyright: ignore
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["c.bin"]
 
@@ -29,7 +29,7 @@ def test_it_appears_under_its_name_or_not_at_all(tmp_path):
 def test_on_an_object_store_it_lies_in_the_scratch_folder(tmp_path, monkeypatch):
     monkeypatch.setenv(SCRATCH_VARIABLE, str(tmp_path / "scratch"))
     store = Store("memory://bucket")
-    with spool(store, "a") as file:
+    with staged_file(store, "a") as file:
         assert file.path.parent == tmp_path / "scratch"
         file.write(b"bytes")
         file.close()

@@ -311,9 +311,9 @@ def scored(store: Store) -> int:
     """How many training pictures `training.scores` shows."""
     from training.scores import read_examples
 
-    passport = SimpleNamespace(
+    metadata = SimpleNamespace(
         config={"data": {"root": store.root, "sources": ["openmoji"], "split": "train"}},
         vae=SimpleNamespace(name="tiny4", channels=4),
         resolution=64,
     )
-    return len(read_examples(passport)["train"])
+    return len(read_examples(metadata)["train"])

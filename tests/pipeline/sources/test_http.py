@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from pipeline.sources.web import answer, client, site_rules
 from pipeline.sources.web.address import Refused, anyone, parse, public_only, spelled
-from pipeline.sources.web.client import Client, Seam
+from pipeline.sources.web.client import Client, Hooks
 from pipeline.sources.web.fetch import fetch_all
-from pipeline.sources.web.limits import Order, Room
+from pipeline.sources.web.limits import Limiter, Order
 from pipeline.sources.web.settings import FetchError, HttpSettings
 from tests.pipeline.helpers import web as servers
 from tests.pipeline.helpers.web import Web, serving
@@ -45,12 +45,12 @@ def settings(**changes) -> HttpSettings:
     return HttpSettings.model_validate({**base, "timeout": 5, "deadline": 20, **changes})
 
 
-def get(url: str, seam: Seam | None = None, **changes) -> bytes | FetchError:
+def get(url: str, seam: Hooks | None = None, **changes) -> bytes | FetchError:
     (found,) = fetch_all(settings(**changes), [url], seam)
     return found
 
 
-def failure(url: str, seam: Seam | None = None, **changes) -> tuple[str, str]:
+def failure(url: str, seam: Hooks | None = None, **changes) -> tuple[str, str]:
     """(reason, detail) of a link that must give no picture."""
     found = get(f"{url}{'&' if '?' in url else '?'}token={SECRET}", seam, **changes)
     assert isinstance(found, FetchError), found[:100]
@@ -321,7 +321,7 @@ def test_links_under_way_are_limited_over_all_hosts(web):
     urls = [f"http://h{i % 10}.test:{port}/{i}" for i in range(40)]
     for i in range(40):
         web.route(f"/{i}", busy)
-    list(fetch_all(settings(thread_count=4), urls, Seam(Names(**names))))
+    list(fetch_all(settings(thread_count=4), urls, Hooks(Names(**names))))
     assert 1 < web.open_most <= 4 + 1
 
 
@@ -348,7 +348,7 @@ def test_dead_links_are_no_failures_of_their_host(web):
 
 def test_a_redirecting_host_is_not_blamed_for_where_it_leads(web):
     port = web.url.rpartition(":")[2]
-    seam = Seam(Names(short_test=[["127.0.0.1"]], dead_test=[["127.0.0.1"]]))
+    seam = Hooks(Names(short_test=[["127.0.0.1"]], dead_test=[["127.0.0.1"]]))
     urls = []
     for i in range(6):
         web.route(f"/{i}", servers.redirect(f"http://dead.test:{port}/dead"))
@@ -468,7 +468,7 @@ def test_a_redirect_is_judged_like_any_link(web, target):
     names = Names(private_test=[["10.0.0.1"]], mixed_test=[["192.168.0.1", "fd00::1"]])
     url = web.route("/a.jpg", servers.redirect(target))
     reason, detail = failure(
-        url, Seam(names, only_the_server), allow_private_hosts=False, retries=0
+        url, Hooks(names, only_the_server), allow_private_hosts=False, retries=0
     )
     assert reason == "refused", detail
 
@@ -581,7 +581,7 @@ def test_of_a_names_addresses_only_public_ones_are_asked(web):
         socket.create_connection(("127.0.0.2", port))
     web.add("/a.jpg", PICTURE)
     url = f"http://mixed.test:{port}/a.jpg"
-    assert get(url, Seam(names, only_the_server), retries=0) == PICTURE
+    assert get(url, Hooks(names, only_the_server), retries=0) == PICTURE
 
 
 def test_a_name_that_changes_its_address_gets_nowhere(web, monkeypatch):
@@ -595,7 +595,7 @@ def test_a_name_that_changes_its_address_gets_nowhere(web, monkeypatch):
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("a second lookup"))
         web.route("/a", servers.redirect(f"http://rebind.test:{inner_port}/secret"))
         reason, detail = failure(
-            f"http://rebind.test:{port}/a", Seam(names, only_the_server), retries=0
+            f"http://rebind.test:{port}/a", Hooks(names, only_the_server), retries=0
         )
         assert (reason, detail) == (
             "refused",
@@ -755,7 +755,7 @@ def test_the_clock_stands_still_while_a_link_waits():
 def test_room_is_given_in_order_and_what_is_wanted_next_gets_in():
     async def main() -> list[int]:
         order = Order()
-        room = Room(10, order)
+        room = Limiter(10, order)
         order.advance(7)
         entered = []
 
@@ -783,7 +783,7 @@ def test_room_is_given_in_order_and_what_is_wanted_next_gets_in():
 
 def test_room_that_is_given_to_one_who_left_is_given_on():
     async def main() -> None:
-        room = Room(1, Order())
+        room = Limiter(1, Order())
         await room.take(5)
         leaving, staying = (asyncio.create_task(room.take(i)) for i in (6, 7))
         await asyncio.sleep(0)

@@ -15,7 +15,7 @@ from pipeline.core.errors import SettingError
 from tests.training.helpers.groups import make_encoders, make_source, settings
 from tests.training.helpers.runs import Watch, equal, plan_of
 from training.checkpoint.checkpoints import allow_only_data
-from training.config.plan import Plan
+from training.config.plan import TrainingPlan
 from training.run import trainer
 from training.train import main
 from training.weights import weights_file
@@ -35,7 +35,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def trained(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Watch]:
+def trained(
+    data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainingPlan, Watch]:
     """A finished run of both stages in this process, and what was watched."""
     plan = plan_of(data, tmp_path_factory.mktemp("trained") / "run")
     watch = Watch()
@@ -55,7 +57,7 @@ class Evil:
 
 @pytest.mark.parametrize("kind", ["truncated", "evil", "hidden", "other"])
 def test_unusable_checkpoints(
-    data: dict[str, Any], trained: tuple[Plan, Watch], tmp_path: Path, kind: str
+    data: dict[str, Any], trained: tuple[TrainingPlan, Watch], tmp_path: Path, kind: str
 ) -> None:
     """Where a stage would go on from one, and where the next stage would begin with one."""
     source = trained[0].config.run_folder()
@@ -86,7 +88,7 @@ def test_unusable_checkpoints(
 
 @pytest.mark.parametrize(("stage", "step"), [("full", 4), ("masked", 10)])
 def test_a_checkpoint_of_another_stage(
-    data: dict[str, Any], trained: tuple[Plan, Watch], tmp_path: Path, stage: str, step: int
+    data: dict[str, Any], trained: tuple[TrainingPlan, Watch], tmp_path: Path, stage: str, step: int
 ) -> None:
     """Where a stage would go on from it, and where the next stage would begin with it."""
     source = trained[0].config.run_folder()
@@ -116,7 +118,7 @@ def test_stages_whose_names_end_alike(data: dict[str, Any], tmp_path: Path) -> N
 
 def test_a_stage_is_tied_to_the_weights_that_it_began_from(
     data: dict[str, Any],
-    trained: tuple[Plan, Watch],
+    trained: tuple[TrainingPlan, Watch],
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
@@ -137,9 +139,9 @@ def test_a_stage_is_tied_to_the_weights_that_it_began_from(
     )
     # The same stage of the same settings, trained elsewhere with other results.
     shutil.copytree(source / "masked", run / "masked")
-    passport = weights_file.read_passport(source / "masked/model.safetensors")
+    metadata = weights_file.read_metadata(source / "masked/model.safetensors")
     changed = {k: v + 1 for k, v in load_file(source / "masked/model.safetensors").items()}
-    weights_file.write(run / "masked/model.safetensors", changed, passport)
+    weights_file.write(run / "masked/model.safetensors", changed, metadata)
     assert "holds other weights than those that stage full began from (sha256 " in answer()
     shutil.copy(source / "masked/model.safetensors", run / "masked/model.safetensors")
     assert main([str(path)]) == 0
@@ -147,7 +149,7 @@ def test_a_stage_is_tied_to_the_weights_that_it_began_from(
 
 
 def test_a_checkpoint_of_other_weights_than_its_stages(
-    data: dict[str, Any], trained: tuple[Plan, Watch], tmp_path: Path
+    data: dict[str, Any], trained: tuple[TrainingPlan, Watch], tmp_path: Path
 ) -> None:
     """The next stage begins with the checkpoint, and is tied to the weights beside it."""
     copy = tmp_path / "run"
@@ -165,7 +167,7 @@ def test_a_checkpoint_of_other_weights_than_its_stages(
 
 
 def test_a_finished_stage_can_do_without_its_live_weights(
-    data: dict[str, Any], trained: tuple[Plan, Watch], tmp_path: Path
+    data: dict[str, Any], trained: tuple[TrainingPlan, Watch], tmp_path: Path
 ) -> None:
     """Who wants their room deletes them: the checkpoint has them, and the average is no check."""
     source, copy = trained[0].config.run_folder(), tmp_path / "run"

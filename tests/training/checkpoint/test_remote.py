@@ -19,9 +19,9 @@ from pipeline.core.errors import SettingError, StorageError
 from pipeline.core.store import Store
 from tests.pipeline.helpers.s3 import BUCKET, S3Server, variables
 from tests.training.helpers.groups import make_encoders, make_source, settings
-from training.checkpoint.remote import Mirror
+from training.checkpoint.remote import RemoteCopy
 from training.config.load import resolve
-from training.config.plan import Plan
+from training.config.plan import TrainingPlan
 from training.run import trainer
 from training.run.preflight import check
 from training.run.stopping import Terminated
@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return settings(folder / "data", encoders, folder / "unset") | {"stages": STAGES}
 
 
-def plan_of(data: dict[str, Any], path: Path, remote: object, **changes: Any) -> Plan:
+def plan_of(data: dict[str, Any], path: Path, remote: object, **changes: Any) -> TrainingPlan:
     checkpoint = {"remote": str(remote)}
     return check(resolve({**data, "folder": str(path), "checkpoint": checkpoint, **changes}))
 
@@ -141,7 +141,7 @@ def test_a_copy_that_began_from_other_weights(
     shutil.copytree(whole[0] / "masked", tmp_path / "run/masked")
     model = tmp_path / "run/masked/model.safetensors"
     changed = {name: value + 1 for name, value in load_file(model).items()}
-    weights_file.write(model, changed, weights_file.read_passport(model))
+    weights_file.write(model, changed, weights_file.read_metadata(model))
     with pytest.raises(SettingError, match=r"masked/model.safetensors holds other weights than"):
         trainer.run(plan_of(data, tmp_path / "run", tmp_path / "copy"))
 
@@ -192,7 +192,7 @@ def test_a_checkpoint_that_was_replaced_is_left_out(tmp_path: Path) -> None:
     os.mkfifo(paths[0])  # reading it waits for a writer
     paths[2].write_bytes(b"three")
 
-    with Mirror(tmp_path / "run", str(tmp_path / "copy"), keep=1) as mirror:
+    with RemoteCopy(tmp_path / "run", str(tmp_path / "copy"), keep=1) as mirror:
         mirror.put(paths[0])
         with open(paths[0], "wb") as pipe:  # waits for the reader
             mirror.put(paths[1])

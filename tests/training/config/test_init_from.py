@@ -20,7 +20,7 @@ from tests.training.helpers.groups import Encoders, changed, make_encoders, make
 from tests.training.weights.test_official import Evil
 from training.checkpoint import run_folder
 from training.config.load import load, resolve
-from training.config.plan import Plan, network_config
+from training.config.plan import TrainingPlan, network_config
 from training.network.config import MODELS
 from training.objectives.edm import EDM
 from training.objectives.flow import Flow
@@ -52,7 +52,7 @@ def trained(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
-def plan_of(data: dict[str, Any], path: Path, start: Path, **changes: Any) -> Plan:
+def plan_of(data: dict[str, Any], path: Path, start: Path, **changes: Any) -> TrainingPlan:
     return check(resolve({**data, "folder": str(path), "init_from": str(start), **changes}))
 
 
@@ -108,7 +108,7 @@ def test_content_decides_not_the_path(
     run_folder.check(plan_of(data, run, copy))
     tensors = load_file(copy)
     tensors["x_embedder.proj.bias"] += 1
-    weights_file.write(copy, tensors, weights_file.read_passport(trained / "model.safetensors"))
+    weights_file.write(copy, tensors, weights_file.read_metadata(trained / "model.safetensors"))
     with pytest.raises(SettingError, match=r"begun with other settings \(init_from: \w+ -> \w+\)"):
         run_folder.check(plan_of(data, run, copy))
     path = tmp_path / "run.yaml"
@@ -172,15 +172,15 @@ def test_files_that_are_no_weights(
     assert "has to be imported first: python -m training.convert import" in answer()
     assert not sign.exists()
     save_file(load_file(trained / "model.safetensors"), start)
-    assert "no passport in it" in answer()
+    assert "no metadata in it" in answer()
     save_file({}, start, {weights_file.METADATA_KEY: "{}"})
-    assert "broken passport (run is missing)" in answer()
-    passport = weights_file.read_passport(trained / "model.safetensors")
+    assert "broken metadata (run is missing)" in answer()
+    metadata = weights_file.read_metadata(trained / "model.safetensors")
     tensors = load_file(trained / "model.safetensors")
     tensors["pos_embed"][0, 0, 0] = float("nan")
-    weights_file.write(start, tensors, passport)
+    weights_file.write(start, tensors, metadata)
     assert "values of pos_embed are NaN or infinite" in answer()
-    weights_file.write(start, tensors | {"more": torch.zeros(1)}, passport)
+    weights_file.write(start, tensors | {"more": torch.zeros(1)}, metadata)
     assert "more is (1,), expected missing" in answer()
     assert not (tmp_path / "run").exists()
 
@@ -206,7 +206,7 @@ def test_what_is_not_said_is_the_weights_own(
     with pytest.raises(SettingError, match=r"data.vae: missing(.|\n)*model: missing"):
         resolve(without(data, "vae"))
 
-    passport = weights_file.read_passport(trained / "model.safetensors")
+    metadata = weights_file.read_metadata(trained / "model.safetensors")
     fields = {"in_channels": 4, "caption_width": 16, "caption_length": 12, "input_size": 8}
     for network, model in (
         (MODELS["MicroDiT_XL_2"], {"arch": "MicroDiT_XL_2"}),
@@ -216,7 +216,7 @@ def test_what_is_not_said_is_the_weights_own(
             "model": asdict(replace(network, **fields)),
             "objective": {"name": "flow", **asdict(Flow())},
         }
-        flow = passport.model_copy(update=own)
+        flow = metadata.model_copy(update=own)
         weights_file.write(tmp_path / "start", {"x": torch.ones(1)}, flow)
         config = resolve(raw | {"init_from": str(tmp_path / "start")})
         assert model.items() <= config.model.model_dump().items()
@@ -259,7 +259,7 @@ def test_shipped_settings_say_nothing_that_the_weights_say(
     own = check(load([str(yamls / file), *changes, "data.root=/nowhere"]), need_data=False)
     stage = own.config.stages[own.config.stage]
     network = network_config(own, stage)
-    passport = weights_file.Passport(
+    metadata = weights_file.WeightsMetadata(
         run="x",
         stage=own.config.stage,
         step=stage.steps,
@@ -277,7 +277,7 @@ def test_shipped_settings_say_nothing_that_the_weights_say(
         attribution=[],
         config={},
     )
-    weights_file.write(tmp_path / "start", {"x": torch.ones(1)}, passport)
+    weights_file.write(tmp_path / "start", {"x": torch.ones(1)}, metadata)
     start = [f"init_from={tmp_path / 'start'}", "data.root=/nowhere"]
     plan = check(load([str(yamls / f"{name}.yaml"), *start]), need_data=False)
     assert plan.config.name == name

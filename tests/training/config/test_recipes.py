@@ -20,7 +20,7 @@ from tests.checkout import ROOT
 from tests.training.helpers.groups import SHIPPED, make_source, settings
 from training.checkpoint.checkpoints import read
 from training.config.load import resolve
-from training.config.plan import Plan
+from training.config.plan import TrainingPlan
 from training.config.settings import Muon, Optimizer
 from training.generate import main as generate
 from training.masking.deferred import Deferred
@@ -75,12 +75,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return raw
 
 
-def plan_of(data: dict[str, Any], path: Path, **changes: Any) -> Plan:
+def plan_of(data: dict[str, Any], path: Path, **changes: Any) -> TrainingPlan:
     return check(resolve({**data, "folder": str(path), **changes}))
 
 
 @pytest.fixture(scope="module")
-def whole(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Watch]:
+def whole(
+    data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainingPlan, Watch]:
     """An uninterrupted run with flow and Muon."""
     plan = plan_of(data, tmp_path_factory.mktemp("whole") / "run", **FLOW_AND_MUON)
     watch = Watch()
@@ -94,7 +96,7 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(
-    data: dict[str, Any], whole: tuple[Plan, Watch], tmp_path: Path
+    data: dict[str, Any], whole: tuple[TrainingPlan, Watch], tmp_path: Path
 ) -> None:
     """To the last bit: Muon's momentum, both kinds of averages and flow's draws go on."""
     plan, losses = plan_of(data, tmp_path / "run", **FLOW_AND_MUON), {}
@@ -148,7 +150,7 @@ def test_learns(denoiser: EDM | Flow, muon: Muon | None) -> None:
     assert check_loss() < 0.8 * before
 
 
-def test_what_a_run_with_several_averages_leaves(whole: tuple[Plan, Watch]) -> None:
+def test_what_a_run_with_several_averages_leaves(whole: tuple[TrainingPlan, Watch]) -> None:
     folder = whole[0].config.run_folder() / "full"
     kept = read(folder / "step-00000005.pt").averages
     assert list(kept) == ["0.9", "power-0.1"]
@@ -157,9 +159,9 @@ def test_what_a_run_with_several_averages_leaves(whole: tuple[Plan, Watch]) -> N
         ("ema-power-0.1", "ema", "power-0.1", "power-0.1"),
         ("live", "live", None, ""),
     ):
-        network, passport = weights_file.load(folder / f"{file}.safetensors")
-        assert (passport.weights, passport.ema) == (kind, ema)
-        assert passport.noise() == Flow()
+        network, metadata = weights_file.load(folder / f"{file}.safetensors")
+        assert (metadata.weights, metadata.ema) == (kind, ema)
+        assert metadata.noise() == Flow()
         if name:
             assert kept[name]["updates"] == 11  # of both stages
             for key, value in network.named_parameters():
@@ -169,7 +171,9 @@ def test_what_a_run_with_several_averages_leaves(whole: tuple[Plan, Watch]) -> N
 
 
 @pytest.mark.parametrize("solver", ["heun", "euler"])
-def test_a_flow_model_generates(whole: tuple[Plan, Watch], tmp_path: Path, solver: str) -> None:
+def test_a_flow_model_generates(
+    whole: tuple[TrainingPlan, Watch], tmp_path: Path, solver: str
+) -> None:
     run = whole[0].config.run_folder()
     for checkpoint in (run, run / "full/ema-power-0.1.safetensors"):
         arguments = ["--checkpoint", str(checkpoint), "--out", str(tmp_path), "--steps", "3"]
@@ -181,7 +185,7 @@ def test_a_flow_model_generates(whole: tuple[Plan, Watch], tmp_path: Path, solve
 
 
 def test_moments_of_muon_go_on(
-    data: dict[str, Any], whole: tuple[Plan, Watch], tmp_path: Path
+    data: dict[str, Any], whole: tuple[TrainingPlan, Watch], tmp_path: Path
 ) -> None:
     stages = {**data["stages"], "full": data["stages"]["full"] | {"keep_moments": False}}
     shutil.copytree(whole[0].config.run_folder() / "masked", tmp_path / "masked")
@@ -210,7 +214,7 @@ def test_two_ranks_share_muon(data: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_moments_do_not_go_over_to_another_optimizer(
-    data: dict[str, Any], whole: tuple[Plan, Watch], tmp_path: Path
+    data: dict[str, Any], whole: tuple[TrainingPlan, Watch], tmp_path: Path
 ) -> None:
     shutil.copytree(whole[0].config.run_folder() / "masked", tmp_path / "masked")
     with pytest.raises(SettingError) as error:
@@ -232,8 +236,8 @@ def test_fidelity(data: dict[str, Any], tmp_path: Path, fidelity: str) -> None:
     files = {path.name for path in (tmp_path / "masked").glob("*.safetensors")}
     averaged = {"live.safetensors", "ema-power-0.1.safetensors"} if intended else set()
     assert files == {"model.safetensors"} | averaged
-    network, passport = weights_file.load(tmp_path / "model.safetensors")
-    assert passport.weights == ("ema" if intended else "live")
+    network, metadata = weights_file.load(tmp_path / "model.safetensors")
+    assert metadata.weights == ("ema" if intended else "live")
     if intended:
         checkpoint = read(tmp_path / "masked/step-00000006.pt")
         _, slow = checkpoint.optimizers["AdamW"]["param_groups"]

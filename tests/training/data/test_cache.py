@@ -14,20 +14,22 @@ from pipeline.core.errors import BrokenShard, SettingError
 from pipeline.core.store import Store
 from tests.training.helpers.groups import Encoders, make_source, settings
 from training.config.load import resolve
-from training.config.plan import Plan
+from training.config.plan import TrainingPlan
 from training.data import shard_files
 from training.data.loader import make_dataset
 from training.data.mapped import Maps
 from training.run.preflight import check
 
 
-def plan_of(root: str, encoders: Encoders, cache: Path, run: str = "run", **data: Any) -> Plan:
+def plan_of(
+    root: str, encoders: Encoders, cache: Path, run: str = "run", **data: Any
+) -> TrainingPlan:
     raw = settings(Path("unset"), encoders, cache.parent / run)
     data = {"root": root, "cache": str(cache), **data}
     return check(resolve({**raw, "data": raw["data"] | data}))
 
 
-def first(plan: Plan) -> dict[str, tuple[bytes, bytes]]:
+def first(plan: TrainingPlan) -> dict[str, tuple[bytes, bytes]]:
     """Key -> what is streamed, by a process that has mapped nothing yet."""
     shard_files._maps = Maps()
     samples = list(make_dataset(plan, "masked"))

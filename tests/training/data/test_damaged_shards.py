@@ -17,7 +17,7 @@ from pipeline.core.errors import BrokenShard, SettingError
 from tests.training.data.test_loader import batches_of
 from tests.training.helpers.groups import Encoders, make_source, settings
 from training.config.load import resolve
-from training.config.plan import Plan
+from training.config.plan import TrainingPlan
 from training.data import heldout
 from training.data.loader import make_dataset, make_loader
 from training.data.mapped import MAPS, Maps, map_file
@@ -25,7 +25,7 @@ from training.run.preflight import check
 from training.train import _message
 
 
-def plan_of(root: Path | str, encoders: Encoders, folder: Path, **data: Any) -> Plan:
+def plan_of(root: Path | str, encoders: Encoders, folder: Path, **data: Any) -> TrainingPlan:
     raw = settings(Path("unset"), encoders, folder)
     return check(resolve({**raw, "data": raw["data"] | {"root": str(root)} | data}))
 

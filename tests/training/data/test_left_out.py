@@ -18,12 +18,12 @@ from pipeline.core.errors import SettingError
 from pipeline.core.store import Store
 from tests.training.helpers.groups import Encoders, make_source, settings
 from training.config.load import resolve
-from training.config.plan import Plan
+from training.config.plan import TrainingPlan
 from training.data.loader import LatentText, Sample, make_dataset, make_loader
 from training.run.preflight import check
 
 
-def plan_of(root: Path, encoders: Encoders, **data: Any) -> Plan:
+def plan_of(root: Path, encoders: Encoders, **data: Any) -> TrainingPlan:
     raw = settings(root, encoders, root / "run")
     return check(resolve({**raw, "data": raw["data"] | data}))
 

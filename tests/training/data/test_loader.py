@@ -24,7 +24,7 @@ from pipeline.core.manifest import VaeFacts
 from tests.training.helpers.groups import Encoders, make_source, open_text, settings
 from training import scores
 from training.config.load import resolve
-from training.config.plan import Plan
+from training.config.plan import TrainingPlan
 from training.data import shard_files, token_vectors
 from training.data.buffers import Pool
 from training.data.loader import LatentText, Sample, collate, global_rows, make_dataset, make_loader
@@ -44,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, encoders: Encoders) -> Path:
     return folder
 
 
-def plan_of(root: Path, encoders: Encoders, **data: Any) -> Plan:
+def plan_of(root: Path, encoders: Encoders, **data: Any) -> TrainingPlan:
     raw = settings(root, encoders, root / "run")
     return check(resolve({**raw, "data": raw["data"] | data}))
 
@@ -356,7 +356,7 @@ def test_weights_of_a_stage_and_resume(root: Path, encoders: Encoders) -> None:
 
 
 def batches_of(
-    plan: Plan, workers: int, skip: int = 0, stage: str = "masked"
+    plan: TrainingPlan, workers: int, skip: int = 0, stage: str = "masked"
 ) -> list[dict[str, torch.Tensor]]:
     """The batches of two epochs; the first `skip` by a loader that another one goes on from."""
     loader = make_loader(make_dataset(plan, stage), workers, trimmed=True)
@@ -378,7 +378,7 @@ def equal(one: list[dict[str, torch.Tensor]], other: list[dict[str, torch.Tensor
 
 
 @pytest.fixture(scope="module")
-def moments(tmp_path_factory: pytest.TempPathFactory, encoders: Encoders) -> Plan:
+def moments(tmp_path_factory: pytest.TempPathFactory, encoders: Encoders) -> TrainingPlan:
     folder = tmp_path_factory.mktemp("moments")
     make_source(folder, encoders, latents="moments", crop="random")
     plan = plan_of(folder, encoders, latents="moments", crop="random")
@@ -386,7 +386,7 @@ def moments(tmp_path_factory: pytest.TempPathFactory, encoders: Encoders) -> Pla
     return plan
 
 
-def test_moments_are_drawn_anew_each_epoch(moments: Plan) -> None:
+def test_moments_are_drawn_anew_each_epoch(moments: TrainingPlan) -> None:
     """And are the same with any number of workers, and for a run that was resumed."""
     dataset = make_dataset(moments, "masked")
     one, again = dataset[4]["latent"], dataset[4]["latent"]
@@ -411,7 +411,7 @@ def test_moments_are_drawn_anew_each_epoch(moments: Plan) -> None:
 
 
 def test_scores_read_the_mean_of_moments(
-    moments: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moments: TrainingPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards: dict[str, dict[str, np.ndarray]] = {}
 
@@ -423,8 +423,8 @@ def test_scores_read_the_mean_of_moments(
     config = moments.config.model_dump(mode="json")
     for sources in (["toy"], {"toy": 2.0}):
         config["data"]["sources"] = sources
-        passport = SimpleNamespace(config=config, vae=moments.vae, resolution=64)
-        assert {name: len(found) for name, found in scores.read_examples(passport).items()} == {
+        metadata = SimpleNamespace(config=config, vae=moments.vae, resolution=64)
+        assert {name: len(found) for name, found in scores.read_examples(metadata).items()} == {
             "train": 40,
             "heldout": 20,
         }
@@ -441,7 +441,7 @@ def test_captions_are_dropped_by_sample_and_epoch(root: Path, encoders: Encoders
     raw["data"]["sources"] = ["more", "toy"]
     other = check(resolve(raw))
 
-    def drops_of(plan: Plan, epoch: int) -> dict[tuple[str, str], float]:
+    def drops_of(plan: TrainingPlan, epoch: int) -> dict[tuple[str, str], float]:
         dataset = make_dataset(plan, "masked")
         dataset._epoch = epoch
         sources = [stream.source.name for stream in dataset.streams]  # pyright: ignore

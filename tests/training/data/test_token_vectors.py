@@ -15,7 +15,7 @@ from pipeline.core.mds import encode_shard
 from pipeline.core.tokens import dequantise
 from tests.training.helpers.groups import Encoders, make_encoders, make_source, open_text, settings
 from training.config.load import resolve
-from training.config.plan import Plan
+from training.config.plan import TrainingPlan
 from training.data.loader import make_dataset, make_loader
 from training.run.cost import report
 from training.run.preflight import check
@@ -42,7 +42,7 @@ def group_of(encoders: Encoders, name: str, mode: str, dtype: str) -> str:
     return layout.text_group(name, encoders.text, "alt", mode, dtype)
 
 
-def plan_of(root: Path, encoders: Encoders, **data: Any) -> Plan:
+def plan_of(root: Path, encoders: Encoders, **data: Any) -> TrainingPlan:
     raw = settings(root, encoders, root / "run")
     return check(resolve({**raw, "data": raw["data"] | data}))
 

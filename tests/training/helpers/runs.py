@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tests.checkout import ROOT
 from tests.training.helpers.groups import make_encoders, make_source, settings
 from training.config.load import resolve
-from training.config.plan import Plan
+from training.config.plan import TrainingPlan
 from training.run.preflight import check
 
 # argv: settings as JSON, a file for the losses, "RUN STEP" after which the process kills itself,
@@ -50,7 +50,7 @@ def make_toy(folder: Path, **options: Any) -> dict[str, Any]:
     return settings(folder / "data", encoders, folder / "unset")
 
 
-def plan_of(data: dict[str, Any], path: Path, **changes: Any) -> Plan:
+def plan_of(data: dict[str, Any], path: Path, **changes: Any) -> TrainingPlan:
     return check(resolve({**data, "folder": str(path), **changes}))
 
 

@@ -34,8 +34,8 @@ def test_maskdit_from_a_schedule_to_a_finer_unmasked_stage(tmp_path: Path) -> No
     }
     trainer.run(check(resolve(raw)))
     masked, _ = weights_file.load(tmp_path / "run/masked/model.safetensors")
-    network, passport = weights_file.load(tmp_path / "run/model.safetensors")
-    assert passport.stage == "fine"
+    network, metadata = weights_file.load(tmp_path / "run/model.safetensors")
+    assert metadata.stage == "fine"
     assert masked.decoder is not None
     assert network.decoder is not None
     assert torch.equal(network.decoder.pos_embed[0], position_table(32, 8, 2.0))
@@ -49,5 +49,5 @@ def test_maskdit_from_a_schedule_to_a_finer_unmasked_stage(tmp_path: Path) -> No
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 4, 16, 16, generator=generator)
     y = torch.randn(2, 5, 16, generator=generator)
-    latents = sample(network, passport.noise(), noise, y, torch.ones(2, 5, dtype=torch.bool), 2)
+    latents = sample(network, metadata.noise(), noise, y, torch.ones(2, 5, dtype=torch.bool), 2)
     assert latents.isfinite().all()

@@ -20,7 +20,7 @@ from pipeline.core.latents import to_model
 from tests.training.helpers.groups import Encoders, make_encoders, make_source, settings
 from tests.training.helpers.runs import Watch, equal, make_toy, plan_of
 from training.config.load import resolve
-from training.config.plan import Plan
+from training.config.plan import TrainingPlan
 from training.data import heldout
 from training.model import DiffusionModel
 from training.objectives.edm import EDM
@@ -99,7 +99,7 @@ def test_losses_of_live_weights_and_average(toy: dict[str, Any], tmp_path: Path)
     assert [row["step"] for row in rows if "eval/live/mean" in row] == [3, 4]
     pictures = heldout.read(plan, "masked", "heldout", 18)
     assert [p.key for p in pictures] == [f"00002{n:04d}" for n in range(18)]
-    edm = weights_file.read_passport(folder / "model.safetensors").noise()
+    edm = weights_file.read_metadata(folder / "model.safetensors").noise()
     assert isinstance(edm, EDM)
     for name, file in (("live", "live.safetensors"), ("ema", "model.safetensors")):
         network, _ = weights_file.load(folder / file)
@@ -239,7 +239,7 @@ class TestPictures:
     def encoders(self, tmp_path: Path) -> Encoders:
         return make_encoders(tmp_path / "encoders")
 
-    def plan(self, tmp_path: Path, encoders: Encoders, **data: Any) -> Plan:
+    def plan(self, tmp_path: Path, encoders: Encoders, **data: Any) -> TrainingPlan:
         raw = settings(tmp_path / "data", encoders, tmp_path / "run")
         return check(resolve({**raw, "data": raw["data"] | data}))
 

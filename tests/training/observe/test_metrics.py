@@ -18,7 +18,7 @@ from pipeline.core.errors import SettingError
 from tests.training.helpers.runs import Poison, Watch, make_toy, plan_of
 from training.flops import flops_per_image
 from training.observe import credentials, curve, metrics_log
-from training.observe.meter import Bill, Totals
+from training.observe.meter import DeviceHours, Totals
 from training.observe.metrics import Price, price_of
 from training.observe.metrics_log import Journal
 from training.run import callbacks, trainer
@@ -88,7 +88,7 @@ def test_hours_go_on_where_the_last_start_stopped(resumed: Any) -> None:
     first, rows, _ = resumed
     hours = [row["train/device_hours"] for row in rows if "train/device_hours" in row]
     assert hours == sorted(hours)
-    # Steps 5 to 7 were made twice: what they took the first time is on the bill as well.
+    # Steps 5 to 7 were made twice: what they took the first time is on the device_hours as well.
     spent = next(row["train/device_hours"] for row in first if row["step"] == 6)
     assert hours[1] > spent > hours[0] > 0
     assert hours[-1] < 0.1
@@ -151,7 +151,7 @@ def test_what_is_no_training_is_no_waiting(toy: dict[str, Any], tmp_path: Path) 
         def batch_end(self, state: Any, logger: Any) -> None:
             meter = next(c for c in state.callbacks if type(c).__name__ == "Meter")
             seconds.append(meter.totals.seconds)
-            with meter.aside():
+            with meter.paused():
                 time.sleep(0.3)
 
     trainer.run(plan_of(toy, tmp_path / "aside", evaluate={"every": 0}), [SlowEvaluation()])
@@ -173,13 +173,13 @@ def test_rates() -> None:
 
 
 def test_bill() -> None:
-    bill = Bill(devices=8)
+    device_hours = DeviceHours(devices=8)
     time.sleep(0.01)
-    now = bill.device_seconds()
+    now = device_hours.device_seconds()
     assert 0.08 <= now < 8
-    bill.at_least(100.0)
-    bill.at_least(50.0)  # the older of two records
-    assert 100 <= bill.device_seconds() < 108
+    device_hours.raise_to(100.0)
+    device_hours.raise_to(50.0)  # the older of two records
+    assert 100 <= device_hours.device_seconds() < 108
 
 
 def test_journal(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def version(section: type[Any], **fields: Any) -> type[Any]:
 @pytest.fixture
 def next_version(monkeypatch: pytest.MonkeyPatch) -> None:
     """Optional settings that do not exist yet, in each kind of section."""
-    stage = version(stage_settings.Stage, news=(float, 0.5), more=(str | None, None))
+    stage = version(stage_settings.StageSettings, news=(float, 0.5), more=(str | None, None))
     muon = version(settings.Muon, news=(int, 5))
     optimizer = version(settings.Optimizer, muon=(muon | None, None), news=(list[int], [1, 2]))
     edm = version(settings.Edm, news=(float, 1.0))

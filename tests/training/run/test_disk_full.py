@@ -19,7 +19,7 @@ from tests.training.helpers.groups import make_encoders, make_source, settings
 from training.checkpoint.checkpoints import read
 from training.checkpoint.run_folder import StageFolder
 from training.config.load import resolve
-from training.config.plan import Plan
+from training.config.plan import TrainingPlan
 from training.run import trainer
 from training.run.preflight import check
 
@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return settings(folder / "data", encoders, folder / "unset") | {"stages": STAGES}
 
 
-def plan_of(data: dict[str, Any], path: Path) -> Plan:
+def plan_of(data: dict[str, Any], path: Path) -> TrainingPlan:
     return check(resolve({**data, "folder": str(path)}))
 
 

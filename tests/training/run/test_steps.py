@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from training.config.stage_settings import Stage
+from training.config.stage_settings import StageSettings
 from training.masking.deferred import Deferred
 from training.model import DiffusionModel, Objective, drop_captions
 from training.network.config import DiTConfig
@@ -20,8 +20,8 @@ from training.randomness import Rows, draw, keyed_seed
 CPU = torch.device("cpu")
 
 
-def stage(**changes: object) -> Stage:
-    return Stage.model_validate(
+def stage(**changes: object) -> StageSettings:
+    return StageSettings.model_validate(
         {"steps": 100, "resolution": 64, "batch_size": 8, "lr": 1.0} | changes
     )
 

@@ -24,7 +24,7 @@ from tests.training.helpers.groups import make_encoders, make_source, settings
 from tests.training.helpers.runs import Watch, equal, last_losses, plan_of, run_process
 from training.checkpoint.checkpoints import read
 from training.checkpoint.run_folder import StageFolder
-from training.config.plan import Plan
+from training.config.plan import TrainingPlan
 from training.data.shared_memory import SHM, run_number
 from training.network.dit import MicroDiT
 from training.optim.optimizers import learning_rate
@@ -77,7 +77,9 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 
 @pytest.fixture(scope="module")
-def trained(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Watch]:
+def trained(
+    data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TrainingPlan, Watch]:
     """A finished run of both stages in this process, and what was watched."""
     plan = plan_of(data, tmp_path_factory.mktemp("trained") / "run")
     watch = Watch()
@@ -85,7 +87,7 @@ def trained(data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> t
     return plan, watch
 
 
-def test_trains_both_stages(trained: tuple[Plan, Watch]) -> None:
+def test_trains_both_stages(trained: tuple[TrainingPlan, Watch]) -> None:
     plan, watch = trained
     losses = watch.losses
     assert {name: len(values) for name, values in losses.items()} == {
@@ -98,7 +100,7 @@ def test_trains_both_stages(trained: tuple[Plan, Watch]) -> None:
         assert watch.rates[f"toy-{name}"] == expected
 
 
-def test_what_a_run_leaves(trained: tuple[Plan, Watch]) -> None:
+def test_what_a_run_leaves(trained: tuple[TrainingPlan, Watch]) -> None:
     plan, _ = trained
     path = plan.config.run_folder()
     files = sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.is_file())
@@ -116,30 +118,32 @@ def test_what_a_run_leaves(trained: tuple[Plan, Watch]) -> None:
     ]
     assert files == sorted(["config.json", "model.safetensors", *stages])
     assert os.path.samefile(path / "model.safetensors", path / "full/model.safetensors")
-    network, passport = weights_file.load(path / "model.safetensors")
-    assert (passport.stage, passport.step, passport.weights, passport.ema) == (
+    network, metadata = weights_file.load(path / "model.safetensors")
+    assert (metadata.stage, metadata.step, metadata.weights, metadata.ema) == (
         "full",
         7,
         "ema",
         0.9,
     )
-    assert passport.vae == plan.vae
-    assert passport.latents_manifests["toy"].samples == 60
-    assert passport.text == "trimmed"
-    assert passport.config["stages"]["full"]["lr"] == 1e-2
+    assert metadata.vae == plan.vae
+    assert metadata.latents_manifests["toy"].samples == 60
+    assert metadata.text == "trimmed"
+    assert metadata.config["stages"]["full"]["lr"] == 1e-2
     assert network.config.caption_width == 16
-    live = weights_file.read_passport(path / "full/live.safetensors")
+    live = weights_file.read_metadata(path / "full/live.safetensors")
     assert (live.weights, live.ema) == ("live", None)
 
 
-def test_checkpoint_keeps_the_average_under_its_own_key(trained: tuple[Plan, Watch]) -> None:
+def test_checkpoint_keeps_the_average_under_its_own_key(
+    trained: tuple[TrainingPlan, Watch],
+) -> None:
     path = StageFolder(trained[0].config.run_folder() / "full")
     state = read(path.checkpoint(7))
     live, model = load_file(path.live), load_file(path.model)
     average = state.averages["0.9"]
     assert state.averages.keys() == {"0.9"}
     assert average["updates"] == 17  # of both stages
-    parameters = dict(MicroDiT(weights_file.read_passport(path.model).network()).named_parameters())
+    parameters = dict(MicroDiT(weights_file.read_metadata(path.model).network()).named_parameters())
     assert average["values"].keys() == parameters.keys()  # and no buffers
     for name in parameters:
         assert torch.equal(state.model[f"dit.{name}"], live[name])
@@ -148,7 +152,7 @@ def test_checkpoint_keeps_the_average_under_its_own_key(trained: tuple[Plan, Wat
 
 
 def test_finished_stages_are_not_run_again(
-    trained: tuple[Plan, Watch], tmp_path: Path, capsys: pytest.CaptureFixture
+    trained: tuple[TrainingPlan, Watch], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """Without its last stage a finished run makes just that one again, the same."""
     plan, watch = trained
@@ -163,7 +167,7 @@ def test_finished_stages_are_not_run_again(
 
 
 def test_finished_run_starts_nothing(
-    trained: tuple[Plan, Watch], tmp_path: Path, capsys: pytest.CaptureFixture
+    trained: tuple[TrainingPlan, Watch], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     plan, _ = trained
     path = tmp_path / "run.yaml"
@@ -177,7 +181,7 @@ def test_finished_run_starts_nothing(
 
 
 def test_moments_go_on_where_they_should(
-    data: dict[str, Any], trained: tuple[Plan, Watch], tmp_path: Path
+    data: dict[str, Any], trained: tuple[TrainingPlan, Watch], tmp_path: Path
 ) -> None:
     plan, watch = trained
     copy = tmp_path / "run"
@@ -194,9 +198,9 @@ def test_resolution_may_change_between_stages(data: dict[str, Any], tmp_path: Pa
     stages = {"small": {"steps": 2}, "large": {"steps": 2, "resolution": 128}}
     plan = plan_of(data, tmp_path / "run", stages=stages)
     trainer.run(plan)
-    small, passport = weights_file.load(tmp_path / "run/small/model.safetensors")
+    small, metadata = weights_file.load(tmp_path / "run/small/model.safetensors")
     large, larger = weights_file.load(tmp_path / "run/large/model.safetensors")
-    assert (passport.resolution, small.config.input_size, small.config.pos_interp_scale) == (
+    assert (metadata.resolution, small.config.input_size, small.config.pos_interp_scale) == (
         64,
         8,
         1,
@@ -211,7 +215,7 @@ def test_resolution_may_change_between_stages(data: dict[str, Any], tmp_path: Pa
 
 
 def test_micro_batches_do_not_change_the_result(
-    data: dict[str, Any], trained: tuple[Plan, Watch], tmp_path: Path
+    data: dict[str, Any], trained: tuple[TrainingPlan, Watch], tmp_path: Path
 ) -> None:
     watch = Watch()
     stages = {"masked": data["stages"]["masked"] | {"microbatch": 4}}
@@ -276,7 +280,7 @@ def test_one_stage_alone(
 
 
 def test_a_kill_before_the_runs_weights_are_linked(
-    data: dict[str, Any], trained: tuple[Plan, Watch], tmp_path: Path
+    data: dict[str, Any], trained: tuple[TrainingPlan, Watch], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained[0].config.run_folder(), run)

@@ -118,10 +118,10 @@ def test_round_trip_is_exact(
     said = capsys.readouterr().out
     assert ("2 tensors beside the network left out" in said) == (kind == "composer")
     assert "shift_factor" in said  # of tiny4, which the official code would leave out
-    network, passport = weights_file.load(out / "model.safetensors")
-    assert (passport.resolution, passport.text, passport.latents_manifests) == (64, "full", {})
+    network, metadata = weights_file.load(out / "model.safetensors")
+    assert (metadata.resolution, metadata.text, metadata.latents_manifests) == (64, "full", {})
     assert network.config.pos_interp_scale == 1
-    assert passport.objective["sigma_data"] == 0.9
+    assert metadata.objective["sigma_data"] == 0.9
     x, c_noise, y = torch.randn(1, 4, 8, 8), torch.zeros(1), torch.randn(1, 7, 48)
     assert network(x, c_noise, y).dtype == torch.float32
     assert main(["export", str(out), "--to", "official", "--out", str(back)]) == 0
@@ -136,7 +136,7 @@ def test_round_trip_is_exact(
     MicroDiT(network.config).load_state_dict(found)
     again = tmp_path / "again.safetensors"
     assert main(["export", str(out), "--to", "safetensors", "--out", str(again)]) == 0
-    assert weights_file.read_passport(again) == passport
+    assert weights_file.read_metadata(again) == metadata
     assert all(torch.equal(value, state[name]) for name, value in load_file(again).items())
 
 

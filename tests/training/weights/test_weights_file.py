@@ -27,8 +27,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_folder(tmp_path_factory.mktemp("weights") / "run", "full") / "model.safetensors"
 
 
-def passport(change: Callable[[dict[str, Any]], Any] | str) -> Damage:
-    """The file with another passport: what `change` makes of it or leaves in it, or a text."""
+def metadata(change: Callable[[dict[str, Any]], Any] | str) -> Damage:
+    """The file with another metadata: what `change` makes of it or leaves in it, or a text."""
 
     def write(path: Path, record: dict[str, Any], tensors: Tensors) -> None:
         text = change if isinstance(change, str) else ""
@@ -41,7 +41,7 @@ def passport(change: Callable[[dict[str, Any]], Any] | str) -> Damage:
 
 
 def model(**changes: Any) -> Damage:
-    return passport(lambda record: record["model"].update(changes))
+    return metadata(lambda record: record["model"].update(changes))
 
 
 def tensors(change: Callable[[Tensors], Any]) -> Damage:
@@ -61,7 +61,7 @@ def bytes_written(path: Path, data: bytes) -> None:
 
 
 def cut(path: Path, record: dict[str, Any], own: Tensors) -> None:
-    passport(lambda _: None)(path, record, own)
+    metadata(lambda _: None)(path, record, own)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
 
@@ -79,41 +79,41 @@ HEADER: dict[str, tuple[Damage, str]] = {
     "a pointer": (content(LFS), "git lfs pull"),
     "no safetensors": (content(b"not weights at all" * 9), "no safetensors file"),
     "cut": (cut, "truncated"),
-    "passport cut": (passport('{"run": "toy", "sta'), "broken passport (no JSON"),
-    "passport empty": (passport(""), "broken passport (no JSON"),
-    "passport deep": (passport("[" * 100_000), "broken passport (no JSON"),
-    "passport a list": (passport(lambda record: [record]), "expected a mapping, found list"),
-    "passport a number": (passport("7"), "expected a mapping, found int"),
-    "newer": (passport(lambda r: r.update(schema_version=3)), "upgrade the package"),
-    "version a text": (passport(lambda r: r.update(schema_version="2")), "schema_version '2'"),
-    "scale NaN": (passport(lambda r: r["vae"].update(scale=float("nan"))), "NaN is no number"),
-    "scale 0": (passport(lambda r: r["vae"].update(scale=0.0)), "vae.scale 0.0: must be above 0"),
-    "no objective": (passport(lambda r: r.pop("objective") and None), "objective is missing"),
-    "objective a text": (passport(lambda r: r.update(objective="edm")), "broken passport (obj"),
+    "metadata cut": (metadata('{"run": "toy", "sta'), "broken metadata (no JSON"),
+    "metadata empty": (metadata(""), "broken metadata (no JSON"),
+    "metadata deep": (metadata("[" * 100_000), "broken metadata (no JSON"),
+    "metadata a list": (metadata(lambda record: [record]), "expected a mapping, found list"),
+    "metadata a number": (metadata("7"), "expected a mapping, found int"),
+    "newer": (metadata(lambda r: r.update(schema_version=3)), "upgrade the package"),
+    "version a text": (metadata(lambda r: r.update(schema_version="2")), "schema_version '2'"),
+    "scale NaN": (metadata(lambda r: r["vae"].update(scale=float("nan"))), "NaN is no number"),
+    "scale 0": (metadata(lambda r: r["vae"].update(scale=0.0)), "vae.scale 0.0: must be above 0"),
+    "no objective": (metadata(lambda r: r.pop("objective") and None), "objective is missing"),
+    "objective a text": (metadata(lambda r: r.update(objective="edm")), "broken metadata (obj"),
     "objective's name a list": (
-        passport(lambda r: r["objective"].update(name=[])),
-        "broken passport (objective: name []",
+        metadata(lambda r: r["objective"].update(name=[])),
+        "broken metadata (objective: name []",
     ),
-    "half a character": (passport(lambda r: r.update(run="\ud800")), "broken passport (no JSON"),
-    "sigma a text": (passport(lambda r: r["objective"].update(sigma_data="1")), "sigma_data '1'"),
-    "text mode": (passport(lambda r: r.update(text="half")), "broken passport (text: Input"),
-    "width in quotes": (model(width="32"), "broken passport (model: width: Input should be"),
+    "half a character": (metadata(lambda r: r.update(run="\ud800")), "broken metadata (no JSON"),
+    "sigma a text": (metadata(lambda r: r["objective"].update(sigma_data="1")), "sigma_data '1'"),
+    "text mode": (metadata(lambda r: r.update(text="half")), "broken metadata (text: Input"),
+    "width in quotes": (model(width="32"), "broken metadata (model: width: Input should be"),
     "no such width": (model(width=33), "model: width 33: choose a multiple of head_dim"),
     "half a block": (model(depth=4.5), "model: depth: Input should be"),
     "unknown size": (model(widht=32), "model: widht: Unexpected"),
     "other channels": (model(in_channels=16), "model.in_channels 16 does not fit"),
-    "other resolution": (passport(lambda r: r.update(resolution=128)), "input_size 64 does not"),
+    "other resolution": (metadata(lambda r: r.update(resolution=128)), "input_size 64 does not"),
 }
 TENSORS: dict[str, tuple[Damage, str]] = {
     "unknown sigma": (
-        passport(lambda r: r["objective"].update(sigma_mean=1.0)),
-        "broken passport (objective: ",
+        metadata(lambda r: r["objective"].update(sigma_mean=1.0)),
+        "broken metadata (objective: ",
     ),
     "sigma below 0": (
-        passport(lambda r: r["objective"].update(sigma_data=-1.0)),
-        "broken passport (objective: ",
+        metadata(lambda r: r["objective"].update(sigma_data=-1.0)),
+        "broken metadata (objective: ",
     ),
-    "deeper": (model(depth=5), "not its passport's network: blocks.1.mlp.w1"),
+    "deeper": (model(depth=5), "not its metadata's network: blocks.1.mlp.w1"),
     "much deeper": (model(depth=10**9), "blocks"),
     "missing": (tensors(lambda t: t.pop(FIRST)), f"{FIRST} is missing, expected (96, 32)"),
     "extra": (tensors(lambda t: t.update(x=torch.ones(2))), "x is (2,), expected missing"),
@@ -138,7 +138,7 @@ def damaged(whole: Path, path: Path, damage: Damage) -> Path:
     path.mkdir()
     file = path / "model.safetensors"
     file.touch()
-    record = weights_file.read_passport(whole).model_dump(mode="json")
+    record = weights_file.read_metadata(whole).model_dump(mode="json")
     record["config"]["data"] = {"sources": ["toy"], "split": "train", "root": "/nowhere"}
     damage(file, record, load_file(whole))
     return file
