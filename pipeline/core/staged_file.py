@@ -66,7 +66,7 @@ class StagedFile:
         self._hash = hashlib.sha256()
         self.path = path
         self.bytes = 0
-        self._file = open(path, "wb")  # noqa: SIM115 (spool() closes it)
+        self._file = open(path, "wb")  # noqa: SIM115 (staged_file() closes it)
 
     def write(self, data: bytes) -> int:
         with self._store.explained(self._folder, "write", len(data)):

@@ -41,9 +41,9 @@ def test_on_an_object_store_it_lies_in_the_scratch_folder(tmp_path, monkeypatch)
 def test_what_a_killed_process_left_in_the_scratch_folder_goes(tmp_path, monkeypatch):
     monkeypatch.setenv(SCRATCH_VARIABLE, str(tmp_path))
     kill = (
-        "import os\nfrom pipeline.core.staged_file import scratch_folder, spool\n"
+        "import os\nfrom pipeline.core.staged_file import scratch_folder, staged_file\n"
         "from pipeline.core.store import Store\n"
-        "with spool(Store('memory://x'), 'a') as file, scratch_folder('list') as folder:\n"
+        "with staged_file(Store('memory://x'), 'a') as file, scratch_folder('list') as folder:\n"
         "    file.write(b'x')\n    open(folder + '/part', 'w').close()\n    os._exit(9)\n"
     )
     subprocess.run([sys.executable, "-c", kill], check=False)

@@ -29,7 +29,7 @@ from pipeline.core.store import Store
 from pipeline.core.tables import from_parquet
 from pipeline.engine.plan import Choice, plan
 from pipeline.sources.coco2014 import Coco2014
-from pipeline.sources.files import archives, transfer
+from pipeline.sources.files import archives, resumable, transfer
 from pipeline.sources.files.archives import BrokenArchive
 from pipeline.sources.files.resumable import TransferError
 from pipeline.sources.files.wds_samples import samples
@@ -50,7 +50,7 @@ def server(monkeypatch, tmp_path) -> Iterator[HubServer]:
     monkeypatch.setenv(SCRATCH_VARIABLE, str(tmp_path / "scratch"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(transfer, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(resumable, "BACKOFF_S", 0.01)
     with HubServer() as server:
         for name, value in server.environment().items():
             monkeypatch.setenv(name, value)

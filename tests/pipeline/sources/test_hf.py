@@ -15,7 +15,7 @@ from pipeline.core.errors import SettingError
 from pipeline.core.samples import RawImage, Reject
 from pipeline.core.store import Store
 from pipeline.engine.plan import Choice
-from pipeline.sources.files import resumable, transfer
+from pipeline.sources.files import resumable
 from pipeline.sources.hf import HubDataset
 from pipeline.sources.tables import parquet_rows
 from pipeline.sources.textcaps import TextCaps
@@ -74,7 +74,7 @@ def server(monkeypatch, tmp_path):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
         monkeypatch.setenv("MICRODIT_SCRATCH", str(tmp_path / "scratch"))
-        monkeypatch.setattr(transfer, "BACKOFF_S", 0.01)
+        monkeypatch.setattr(resumable, "BACKOFF_S", 0.01)
         yield found
 
 

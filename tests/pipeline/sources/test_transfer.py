@@ -38,7 +38,7 @@ def server(monkeypatch, tmp_path) -> Iterator[HubServer]:
     monkeypatch.setenv(SCRATCH_VARIABLE, str(tmp_path / "scratch"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setattr(transfer, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(resumable, "BACKOFF_S", 0.01)
     resumable.take_counters()
     with HubServer() as server:
         server.files["big.tar"] = DATA
@@ -214,7 +214,7 @@ def test_what_will_never_come_is_said_at_once(server, fault, message):
 
 
 def test_a_server_that_is_not_there(server, monkeypatch):
-    monkeypatch.setattr(transfer, "ATTEMPTS", 2)
+    monkeypatch.setattr(resumable, "ATTEMPTS", 2)
     with pytest.raises(TransferError, match="given up after 3 attempts") as error:
         read("http://127.0.0.1:1/big.tar?Signature=s3cr3t")
     assert "s3cr3t" not in str(error.value)

@@ -91,7 +91,8 @@ KILLS_A_LOADER = """
 import os, signal, sys
 import psutil
 from composer import Callback
-from training import assemble, train
+from training import train
+from training.run import trainer
 
 class Kill(Callback):
     def batch_end(self, state, logger):
@@ -100,8 +101,8 @@ class Kill(Callback):
                 if child.cmdline() == psutil.Process().cmdline():
                     os.kill(child.pid, signal.SIGKILL)
 
-run = assemble.run
-assemble.run = lambda plan, others: run(plan, [*others, Kill()])
+run = trainer.run
+trainer.run = lambda plan, others: run(plan, [*others, Kill()])
 sys.exit(train.main([sys.argv[1]]))
 """
 

@@ -160,7 +160,7 @@ def test_bundled_code_is_the_packages_own() -> None:
     """Line by line, but for the imports of ours."""
     files = bundle("training.export.transformer", "code")
     source = (ROOT / "training/network/dit.py").read_text().splitlines()
-    (copy,) = (text for name, text in files.items() if name.endswith("/dit.py"))
+    (copy,) = (text for name, text in files.items() if name.endswith("/network_dit.py"))
     different = [
         (ours, theirs)
         for ours, theirs in zip(source, copy.splitlines()[1:], strict=True)
@@ -176,7 +176,10 @@ def test_bundled_code_is_the_packages_own() -> None:
         ("import composer", "imports composer; exported code may not"),
         ("from streaming import x", "imports streaming"),
         ("from . import x", "a relative import"),
-        ("from training import dit", "imports a module of training; import its names"),
+        (
+            "from training.network import dit",
+            "imports a module of training.network; import its names",
+        ),
         ("import training.network.dit", "imports training.network.dit"),
         ("A = 'training.masking.deferred:draw'", "is imported by name alone"),
         ("from training.nothing import x", "training.nothing: no such module"),

@@ -49,7 +49,7 @@ import sys, torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from tests.training.helpers.networks import inputs, random_model
-from training import parallel
+from training.optim import parallel
 dist.init_process_group("gloo", f"file://{sys.argv[2]}", rank=int(sys.argv[1]), world_size=2)
 losses = [[], []]
 for found, compiled in zip(losses, (False, True)):

@@ -130,14 +130,15 @@ SLOW_COPY = """
 import json, os, pathlib, signal, sys, time
 from composer import Callback
 from composer.utils import dist
-from training import assemble, mirror
+from training.checkpoint import remote
+from training.run import trainer
 from training.config.load import resolve
 from training.run.preflight import check
 from training.run.stopping import Terminated
 
 rank = os.environ["RANK"]
 
-class Copying(mirror.Mirror):
+class Copying(remote.RemoteCopy):
     def __exit__(self, *error):
         super().__exit__(*error)
         if rank == "0":
@@ -151,9 +152,9 @@ class Term(Callback):
         if state.timestamp.batch.value == 2 and rank == "1":
             os.kill(os.getpid(), signal.SIGTERM)
 
-assemble.Mirror = Copying
+trainer.RemoteCopy = Copying
 try:
-    assemble.run(check(resolve(json.loads(sys.argv[1]))), [Term()])
+    trainer.run(check(resolve(json.loads(sys.argv[1]))), [Term()])
 except Terminated:
     copied = pathlib.Path(sys.argv[2], "copied").exists()
     pathlib.Path(sys.argv[2], f"end-{rank}").write_text(str(copied))
