@@ -8,6 +8,7 @@ folder and a hub repo in the local cache.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,7 +121,7 @@ def locate_vae(name: str) -> tuple[str, str]:
         return VAES[name]
     if os.path.isdir(name) or is_hub_id(name):
         return name, ""
-    raise SettingError(f"vae={name}: unknown{nearest(name, VAES)}; known: {', '.join(VAES)}")
+    raise _unknown("vae", name, VAES)
 
 
 def locate_text(name: str) -> str:
@@ -135,9 +136,15 @@ def locate_text(name: str) -> str:
         return f"local-dir:{name}"
     if is_hub_id(name):
         return f"hf-hub:{name}"
-    raise SettingError(
-        f"text_encoder={name}: unknown{nearest(name, TEXT_ENCODERS)}; "
-        f"known: {', '.join(TEXT_ENCODERS)}"
+    raise _unknown("text_encoder", name, TEXT_ENCODERS)
+
+
+def _unknown(setting: str, name: str, table: Collection[str]) -> SettingError:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return SettingError(f"{setting}={name}: there is no such folder")
+    return SettingError(
+        f"{setting}={name}: unknown{nearest(name, table)}; known: {', '.join(table)}, "
+        "a folder, or a hub id owner/name"
     )
 
 

@@ -9,10 +9,11 @@ the groups' manifests.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from pipeline.core import layout
 from pipeline.core.errors import nearest
@@ -41,6 +42,13 @@ Captions = Annotated[
 ]
 
 
+def _size(value: Any) -> Any:
+    text = str(value) if type(value) is int else value
+    if not isinstance(text, str) or not re.fullmatch(r"(\d+(\.\d+)? ?[KMGTP]?B?)?", text):
+        raise ValueError("give a size in bytes, e.g. 500GB or 2TB")
+    return text
+
+
 class Data(Section):
     """Which column groups are streamed, and how."""
 
@@ -63,7 +71,7 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0, description="0 reads in the trainer")] = 2
     cache: Location = ""  # folder for shards of a remote or compressed root; default <folder>/cache
     # What the cache may hold, e.g. 500GB; "": any amount.
-    cache_limit: Annotated[str, Field(pattern=r"^(\d+(\.\d+)? ?[KMGTP]?B?)?$")] = ""
+    cache_limit: Annotated[str, BeforeValidator(_size)] = ""
     check_hashes: bool = False  # each shard against its commit's sha256, when it is opened first
     skip_damaged: bool = False  # damaged shards are left out and counted; False: end the run
 

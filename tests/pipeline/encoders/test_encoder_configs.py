@@ -20,6 +20,8 @@ from pipeline.encoders import (
     find_vae,
     load_text,
     load_vae,
+    locate_text,
+    locate_vae,
     text_facts,
     vae_facts,
 )
@@ -217,3 +219,10 @@ def test_vae_weights_that_are_none_are_one_line(tmp_path: Path, data: bytes) -> 
     with pytest.raises(SettingError, match=r"cannot be loaded|lacks 164 of its tensors") as error:
         load_vae(str(folder))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./there", "~/vae", "a/b/c"])
+def test_a_folder_that_is_not_there_is_said_to_be_one(name: str) -> None:
+    for locate in (locate_vae, locate_text):
+        with pytest.raises(SettingError, match="there is no such folder"):
+            locate(name)

@@ -206,6 +206,7 @@ def test_a_stage_begun_before_a_setting_existed_goes_on(
         ("data.vea", "sdxl", 'data.vea: unknown key; did you mean "vae"?'),
         ("optimiser.eps", 1, 'optimiser: unknown key; did you mean "optimizer"?'),
         ("defaults.p_meen", 0.0, 'defaults.p_meen: unknown key; did you mean "p_mean"?'),
+        ("data.cache_limit", "5 apples", "data.cache_limit: give a size in bytes, e.g. 500GB"),
         ("stages.full.stepps", 3, 'stages.full.stepps: unknown key; did you mean "steps"?'),
         ("stages.full.steps", "many", "stages.full.steps='many': input should be a valid integer"),
         ("stages.full.steps", True, "stages.full.steps=True: input should be a valid integer"),
