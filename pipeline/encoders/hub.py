@@ -24,7 +24,7 @@ _PATTERNS = [
 
 def is_hub_id(name: str) -> bool:
     """Whether it looks like "owner/name" or "owner/name@revision"."""
-    return name.partition("@")[0].count("/") == 1
+    return name.partition("@")[0].count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def split_revision(repo: str) -> tuple[str, str | None]:
