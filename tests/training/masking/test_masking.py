@@ -316,9 +316,9 @@ from training.masking import MASKS
 MASKS["rows"] = "rows:Rows"
 from pipeline.core.errors import SettingError
 from training.config.load import resolve
-from training.config.stage_settings import Stage
+from training.config.stage_settings import StageSettings
 stage = {"steps": 9, "resolution": 64, "batch_size": 8, "lr": 1e-3, "mask": "rows"}
-found = Stage(**stage, rows_kept=3)
+found = StageSettings(**stage, rows_kept=3)
 print(found.scheme(), found.rows_order)
 for change in ({}, {"rows_kept": "3"}, {"rows_kept": 3, "rows_ordr": "up"}, {"mask_block": 2}):
     raw = {"name": "x", "data": {"sources": ["s"], "vae": "v", "text_encoder": "t"}}

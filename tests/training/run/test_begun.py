@@ -101,7 +101,7 @@ def next_version(monkeypatch: pytest.MonkeyPatch) -> None:
         stages=(dict[str, stage], ...),
     )
     monkeypatch.setattr(load, "Config", whole)
-    monkeypatch.setattr(load, "Stage", stage)
+    monkeypatch.setattr(load, "StageSettings", stage)
 
 
 NEWS = ("stages.full.news", "optimizer.news", "optimizer.muon.news", "edm.news", "data.news")
