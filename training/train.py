@@ -118,7 +118,6 @@ def main(arguments: list[str]) -> int:
             raise
         # A launcher that got Ctrl-C as well sends this, and would be answered with a traceback.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.alarm(10)  # the end of a process group may wait for ranks that are gone
         print("train: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return INTERRUPTED
 
@@ -140,4 +139,7 @@ def _quiet_imports() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code == INTERRUPTED:
+        signal.alarm(10)  # leaving the process group may wait for ranks that are gone
+    sys.exit(code)
